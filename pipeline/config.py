@@ -1,0 +1,276 @@
+"""Every setting of a run, with its unit and its range.
+
+The dataclasses are the whole truth: `--help`, configs/all_fields.yaml and the checks come from them.  A value that
+cannot work raises ConfigError here, before any process group or file exists.  How command line and YAML become a
+Config is pipeline/cli/options.py's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work: one line with the key, the rule and what was found.  Ends the program with 2."""
+
+    exit_code = 2
+
+
+def _require(holds: bool, key: str, rule: str, found: object) -> None:
+    if not holds:
+        raise ConfigError(f"{key} must be {rule}, got {found!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    dataroot: str = ""
+    """Photographs: a folder tree, a .zip, a .tar, or tar shards (a folder of them, or a pattern such as 'a/*.tar')."""
+    workers: int = 0
+    """Decode threads of a rank. At least 0; 0: this rank's share of the machine's cores."""
+    prefetch: int = 3
+    """Batches made ready ahead of the step. At least 1."""
+    image_size: int | list[int] = 64
+    """Pixels, one side or [height, width]. Each at least 8 and 2^n times a base of 4 to 7 (design: section 6)."""
+    nc: int = 3
+    """Channels: 1 (gray), 3 (RGB) or 4 (RGB and alpha)."""
+    decoder: Literal["auto", "dali", "pillow"] = "auto"
+    """What decodes JPEG and PNG; auto: DALI where it is installed, else Pillow."""
+    cache: Literal["auto", "none", "host", "device"] = "auto"
+    """Where decoded images are kept: nowhere, in a file mapped by the node's ranks, or in each rank's GPU memory as well."""
+    cache_dir: str = ""
+    """Folder for indexes and decoded images; empty: $XDG_CACHE_HOME/dcgan-faces or ~/.cache/dcgan-faces."""
+    flip: bool = False
+    """Mirror every second image, left to right."""
+    crop_margin: int = 0
+    """Pixels that the resized short side exceeds the image by; the crop's place is then random. At least 0."""
+    brightness: float = 0.0
+    """Jitter: the image is multiplied by a factor from [1 - x, 1 + x]. 0 to 1."""
+    contrast: float = 0.0
+    """Jitter: the distance from mid-gray is multiplied by a factor from [1 - x, 1 + x]. 0 to 1."""
+    saturation: float = 0.0
+    """Jitter: the distance from gray is multiplied by a factor from [1 - x, 1 + x]. 0 to 1; nc of 3 or 4."""
+    hue: float = 0.0
+    """Jitter: the hue is turned by an angle from [-x, x] degrees. 0 to 180; nc of 3 or 4."""
+    strict: bool = False
+    """Stop at the first unreadable file instead of leaving it out."""
+    max_pixels: int = 64_000_000
+    """A header that promises more pixels than this is refused before a decoder sees it. At least 4096."""
+    hw_decoder_load: float = 0.65
+    """Share of a GPU batch that its hardware JPEG decoder takes, where it has one. 0 to 1."""
+    jpeg_fancy_upsampling: bool = True
+    """Interpolate the JPEG's colour channels as libjpeg does, so that decoders agree."""
+
+    def __post_init__(self) -> None:
+        size = self.image_size if isinstance(self.image_size, Sequence) else [self.image_size]
+        _require(len(size) in (1, 2) and all(s >= 8 for s in size), "data.image_size", "one or two sides of at least 8", self.image_size)
+        _require(self.nc in (1, 3, 4), "data.nc", "1, 3 or 4", self.nc)
+        _require(self.workers >= 0, "data.workers", "at least 0", self.workers)
+        _require(self.prefetch >= 1, "data.prefetch", "at least 1", self.prefetch)
+        _require(self.crop_margin >= 0, "data.crop_margin", "at least 0", self.crop_margin)
+        for key in ("brightness", "contrast", "saturation", "hw_decoder_load"):
+            value = getattr(self, key)
+            _require(0 <= value <= 1, f"data.{key}", "between 0 and 1", value)
+        _require(0 <= self.hue <= 180, "data.hue", "between 0 and 180 degrees", self.hue)
+        _require(self.nc != 1 or self.saturation == self.hue == 0, "data.saturation and data.hue", "0 where data.nc is 1", (self.saturation, self.hue))
+        _require(self.max_pixels >= 4096, "data.max_pixels", "at least 4096", self.max_pixels)
+        num_halvings(*self.size)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        if isinstance(self.image_size, Sequence):
+            return self.image_size[0], self.image_size[-1]
+        return self.image_size, self.image_size
+
+
+def num_halvings(height: int, width: int) -> int:
+    """How often both sides halve until the shorter is 4 to 7 pixels: the number of stride-2 layers of each network.
+
+    Raises:
+        ConfigError: a side is not divisible by 2 to that power.
+    """
+    n = 0
+    while min(height, width) >> (n + 1) >= 4:
+        n += 1
+    if height % (1 << n) or width % (1 << n):
+        raise ConfigError(f"data.image_size must have both sides divisible by {1 << n}, got {height} x {width}")
+    return n
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    nz: int = 100
+    """Length of the latent vector. At least 1."""
+    ngf: int = 64
+    """Channels of the generator's last hidden layer; the others double from it, up to 8 times. At least 1."""
+    ndf: int = 64
+    """Channels of the discriminator's first layer; the others double from it, up to 8 times. At least 1."""
+
+    def __post_init__(self) -> None:
+        for key in ("nz", "ngf", "ndf"):
+            _require(getattr(self, key) >= 1, f"model.{key}", "at least 1", getattr(self, key))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    lr: float = 2e-4
+    """Adam's learning rate, of both networks. Above 0."""
+    beta1: float = 0.5
+    """Decay of Adam's first moment. At least 0, below 1."""
+    beta2: float = 0.999
+    """Decay of Adam's second moment. At least 0, below 1."""
+    lr_rule: Literal["none", "sqrt", "linear"] = "none"
+    """How lr grows with train.batch_size / lr_rule_batch_size: not at all, by its root, or in proportion."""
+    lr_rule_batch_size: int = 128
+    """The batch size at which lr holds as it stands. At least 1."""
+    ema_half_life_images: int = 5000
+    """Images after which an older generator weighs half in the averaged one; 0: no average is kept."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optim.lr", "above 0", self.lr)
+        for key in ("beta1", "beta2"):
+            _require(0 <= getattr(self, key) < 1, f"optim.{key}", "at least 0 and below 1", getattr(self, key))
+        _require(self.lr_rule_batch_size >= 1, "optim.lr_rule_batch_size", "at least 1", self.lr_rule_batch_size)
+        _require(self.ema_half_life_images >= 0, "optim.ema_half_life_images", "at least 0", self.ema_half_life_images)
+
+    def scaled_lr(self, batch_size: int) -> float:
+        """The learning rate at this global batch size (linear: Goyal et al. 2017; sqrt: Krizhevsky 2014)."""
+        ratio = batch_size / self.lr_rule_batch_size
+        return self.lr * {"none": 1.0, "sqrt": ratio**0.5, "linear": ratio}[self.lr_rule]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    batch_size: int = 128
+    """Images a step, over all ranks together. At least 2 a rank."""
+    num_epochs: float = 5.0
+    """Walks through the dataset, as a fraction where wanted. Above 0."""
+    max_images: int = 0
+    """Images after which training ends, if num_epochs does not end it sooner; 0: no such limit."""
+    mode: Literal["auto", "eager", "reference"] = "auto"
+    """How a step runs: eager is the fast arrangement of the same arithmetic, reference the tutorial's own; auto: eager."""
+    channels_last: bool = True
+    """Keep images and convolution weights with the channels innermost (NHWC)."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 2, "train.batch_size", "at least 2", self.batch_size)
+        _require(self.num_epochs > 0, "train.num_epochs", "above 0", self.num_epochs)
+        _require(self.max_images >= 0, "train.max_images", "at least 0", self.max_images)
+
+    def num_steps(self, num_images: int) -> int:
+        """Steps of a whole run over a dataset of num_images: ceil(min(num_epochs * len, max_images) / batch_size)."""
+        images = self.num_epochs * num_images
+        if self.max_images:
+            images = min(images, self.max_images)
+        return max(1, -int(-images // self.batch_size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    bucket_cap_mb: float = 4.0
+    """Gradients travel in buckets of about this many MiB while backward goes on. Above 0."""
+    sync_batchnorm: bool = False
+    """BatchNorm statistics over all ranks instead of each rank's own. GPU only."""
+    start_timeout_s: int = 1800
+    """Seconds the ranks wait for each other until the first step is done. At least 1."""
+    step_timeout_s: int = 300
+    """Seconds they wait for each other afterwards. At least 1."""
+    threads: int = 0
+    """Threads of a rank for arithmetic on the CPU. At least 0; 0: cores / ranks on this machine."""
+
+    def __post_init__(self) -> None:
+        _require(self.bucket_cap_mb > 0, "distributed.bucket_cap_mb", "above 0", self.bucket_cap_mb)
+        for key in ("start_timeout_s", "step_timeout_s"):
+            _require(getattr(self, key) >= 1, f"distributed.{key}", "at least 1", getattr(self, key))
+        _require(self.threads >= 0, "distributed.threads", "at least 0", self.threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_images: int = 25_000
+    """Images between checkpoints; 0: only at the end."""
+    keep: int = 3
+    """The newest so many stay. At least 1."""
+    milestone_images: list[int] = field(default_factory=list)
+    """The first checkpoint at or after each of these counts stays for good."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_images >= 0, "checkpoint.every_images", "at least 0", self.every_images)
+        _require(self.keep >= 1, "checkpoint.keep", "at least 1", self.keep)
+        _require(all(m >= 1 for m in self.milestone_images), "checkpoint.milestone_images", "at least 1 each", self.milestone_images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    every_steps: int = 50
+    """Steps between lines of stats.jsonl and points in TensorBoard. At least 1."""
+    grid_every_images: int = 25_000
+    """Images between pictures of the fixed latents; 0: only at the end."""
+    grid_size: int = 64
+    """Pictures in a grid. 1 to 1024."""
+    report: bool = True
+    """Write report.html when training ends."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 1, "log.every_steps", "at least 1", self.every_steps)
+        _require(self.grid_every_images >= 0, "log.grid_every_images", "at least 0", self.grid_every_images)
+        _require(1 <= self.grid_size <= 1024, "log.grid_size", "between 1 and 1024", self.grid_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    dir: str = ""
+    """Folder of everything the run writes; empty: runs/<name of the config file>."""
+    seed: int = 999
+    """Origin of weights, order, augmentation and latents. 0 to 2^63 - 1."""
+    resume: str = "auto"
+    """auto: go on from the newest good checkpoint in run.dir, or begin; none: begin; else the path of a checkpoint."""
+    force: bool = False
+    """Resume although model, image size, channels, seed or dataset differ from the checkpoint's."""
+    init_from: str = ""
+    """A checkpoint whose weights a new run begins with, its counters at zero."""
+    deterministic: bool = False
+    """Only algorithms that repeat bit for bit on a GPU. Slower."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 1 << 63, "run.seed", "between 0 and 2^63 - 1", self.seed)
+        _require(bool(self.resume), "run.resume", "auto, none or a path", self.resume)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    data: DataConfig = field(default_factory=DataConfig)
+    """Photographs in."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The two networks."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """How their weights move."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How long, how much at a time."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the convolutions; auto: bf16 where the hardware has it, else fp32. Weights stay float32."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """Many ranks."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is saved."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """What is shown."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """Where, and from where."""
+
+    def per_rank(self, world_size: int) -> int:
+        """Images of a step on each rank.
+
+        Raises:
+            ConfigError: the ranks cannot share the batch evenly, or a rank would get a single image (BatchNorm needs 2).
+        """
+        if self.train.batch_size % world_size:
+            raise ConfigError(f"train.batch_size must be divisible by the {world_size} ranks, got {self.train.batch_size}")
+        share = self.train.batch_size // world_size
+        if share < 2:
+            raise ConfigError(f"train.batch_size must give each of the {world_size} ranks at least 2 images, got {self.train.batch_size}")
+        return share

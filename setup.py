@@ -1,0 +1,35 @@
+"""What the project needs, and which packages it consists of.
+
+Only an editable install (`pip install -e .`) is supported: the launch scripts and the configs live in the clone.
+"""
+
+from setuptools import setup
+
+LINUX_X86 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
+
+setup(
+    name="dcgan-faces",
+    version="0.1.0",
+    description="Distributed DCGAN training on face photographs: DALI, DistributedDataParallel, mixed precision",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # Named one by one: a search would also take the folders of runs and data that people make beside them.
+    packages=["pipeline", "pipeline.cli", "pipeline.decode", "kernels", "benchmarks"],
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",  # 0.26 is the release for torch 2.11; the pair must come from one index
+        "tensorboard>=2.18",
+        "pyyaml>=6",
+        "jsonargparse[signatures]>=4.44",  # reads the config dataclasses
+        "docstring-parser>=0.16",  # turns the docstring under a field into its --help text
+        "numpy>=2",
+        "pillow>=11",
+        "tqdm>=4.66",
+        f"nvidia-dali-cuda130>=2.1; {LINUX_X86}",
+    ],
+    extras_require={
+        # For a CUDA 12 driver: install this extra, then uninstall nvidia-dali-cuda130 (both own `nvidia.dali`).
+        "cuda12": [f"nvidia-dali-cuda120>=2.1; {LINUX_X86}"],
+        "dev": ["pytest>=8", "ruff>=0.12", "mypy>=1.16", "types-PyYAML", "types-tqdm"],
+    },
+)
