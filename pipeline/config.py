@@ -7,11 +7,11 @@ Config is pipeline/cli/options.py's business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, TypeVar
-
-T = TypeVar("T")
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
 
 class ConfigError(ValueError):
@@ -40,7 +40,7 @@ class DataConfig:
     decoder: Literal["auto", "dali", "pillow"] = "auto"
     """What decodes JPEG and PNG; auto: DALI where it is installed, else Pillow."""
     cache: Literal["auto", "none", "host", "device"] = "auto"
-    """Where decoded images are kept: nowhere, in a file mapped by the node's ranks, or in each rank's GPU memory as well."""
+    """Where decoded images are kept: nowhere, in a file that a node's ranks map, or in each rank's GPU memory too."""
     cache_dir: str = ""
     """Folder for indexes and decoded images; empty: $XDG_CACHE_HOME/dcgan-faces or ~/.cache/dcgan-faces."""
     flip: bool = False
@@ -66,7 +66,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         size = self.image_size if isinstance(self.image_size, Sequence) else [self.image_size]
-        _require(len(size) in (1, 2) and all(s >= 8 for s in size), "data.image_size", "one or two sides of at least 8", self.image_size)
+        _require(
+            len(size) in (1, 2) and all(s >= 8 for s in size),
+            "data.image_size",
+            "one or two sides of at least 8",
+            self.image_size,
+        )
         _require(self.nc in (1, 3, 4), "data.nc", "1, 3 or 4", self.nc)
         _require(self.workers >= 0, "data.workers", "at least 0", self.workers)
         _require(self.prefetch >= 1, "data.prefetch", "at least 1", self.prefetch)
@@ -75,7 +80,12 @@ class DataConfig:
             value = getattr(self, key)
             _require(0 <= value <= 1, f"data.{key}", "between 0 and 1", value)
         _require(0 <= self.hue <= 180, "data.hue", "between 0 and 180 degrees", self.hue)
-        _require(self.nc != 1 or self.saturation == self.hue == 0, "data.saturation and data.hue", "0 where data.nc is 1", (self.saturation, self.hue))
+        _require(
+            self.nc != 1 or self.saturation == self.hue == 0,
+            "data.saturation and data.hue",
+            "0 where data.nc is 1",
+            (self.saturation, self.hue),
+        )
         _require(self.max_pixels >= 4096, "data.max_pixels", "at least 4096", self.max_pixels)
         num_halvings(*self.size)
 
@@ -131,7 +141,7 @@ class OptimConfig:
     """Images after which an older generator weighs half in the averaged one; 0: no average is kept."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optim.lr", "above 0", self.lr)
+        _require(0 < self.lr < math.inf, "optim.lr", "above 0 and finite", self.lr)
         for key in ("beta1", "beta2"):
             _require(0 <= getattr(self, key) < 1, f"optim.{key}", "at least 0 and below 1", getattr(self, key))
         _require(self.lr_rule_batch_size >= 1, "optim.lr_rule_batch_size", "at least 1", self.lr_rule_batch_size)
@@ -152,13 +162,13 @@ class TrainConfig:
     max_images: int = 0
     """Images after which training ends, if num_epochs does not end it sooner; 0: no such limit."""
     mode: Literal["auto", "eager", "reference"] = "auto"
-    """How a step runs: eager is the fast arrangement of the same arithmetic, reference the tutorial's own; auto: eager."""
+    """How a step runs: reference is the tutorial's arrangement, eager a faster one of equal results; auto: eager."""
     channels_last: bool = True
     """Keep images and convolution weights with the channels innermost (NHWC)."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 2, "train.batch_size", "at least 2", self.batch_size)
-        _require(self.num_epochs > 0, "train.num_epochs", "above 0", self.num_epochs)
+        _require(0 < self.num_epochs < math.inf, "train.num_epochs", "above 0 and finite", self.num_epochs)
         _require(self.max_images >= 0, "train.max_images", "at least 0", self.max_images)
 
     def num_steps(self, num_images: int) -> int:
@@ -201,7 +211,12 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         _require(self.every_images >= 0, "checkpoint.every_images", "at least 0", self.every_images)
         _require(self.keep >= 1, "checkpoint.keep", "at least 1", self.keep)
-        _require(all(m >= 1 for m in self.milestone_images), "checkpoint.milestone_images", "at least 1 each", self.milestone_images)
+        _require(
+            all(m >= 1 for m in self.milestone_images),
+            "checkpoint.milestone_images",
+            "at least 1 each",
+            self.milestone_images,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,11 +281,61 @@ class Config:
         """Images of a step on each rank.
 
         Raises:
-            ConfigError: the ranks cannot share the batch evenly, or a rank would get a single image (BatchNorm needs 2).
+            ConfigError: the ranks cannot share the batch evenly, or a rank would get one image (BatchNorm needs 2).
         """
         if self.train.batch_size % world_size:
-            raise ConfigError(f"train.batch_size must be divisible by the {world_size} ranks, got {self.train.batch_size}")
+            raise ConfigError(
+                f"train.batch_size must be divisible by the {world_size} ranks, got {self.train.batch_size}"
+            )
         share = self.train.batch_size // world_size
         if share < 2:
-            raise ConfigError(f"train.batch_size must give each of the {world_size} ranks at least 2 images, got {self.train.batch_size}")
+            raise ConfigError(
+                f"train.batch_size must be {2 * world_size} or more for {world_size} ranks, got {self.train.batch_size}"
+            )
         return share
+
+
+def known_keys(cls: type = Config, prefix: str = "") -> Iterator[str]:
+    """Every key, as `section.key`."""
+    for f in fields(cls):
+        if isinstance(f.default_factory, type) and is_dataclass(f.default_factory):
+            yield from known_keys(f.default_factory, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}"
+
+
+def did_you_mean(key: str) -> str:
+    """"; did you mean data.nc?" where a known key is near, else nothing."""
+    keys = list(known_keys())
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    if not close:  # a key without its section, or under another one
+        leaves = difflib.get_close_matches(key.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in keys], n=1)
+        close = [k for k in keys if leaves and k.rsplit(".", 1)[-1] == leaves[0]][:1]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The settings as plain values."""
+    return asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The Config that `to_dict` gave.
+
+    Raises:
+        ConfigError: a key is unknown or a value cannot work.
+    """
+    sections = {f.name: f.default_factory for f in fields(Config)}
+    chosen: dict[str, Any] = {}
+    for name, value in values.items():
+        section = sections.get(name)
+        if name not in sections:
+            raise ConfigError(f"{name} is no setting{did_you_mean(name)}")
+        if isinstance(section, type) and is_dataclass(section):
+            for key in value:
+                if key not in {f.name for f in fields(section)}:
+                    raise ConfigError(f"{name}.{key} is no setting{did_you_mean(f'{name}.{key}')}")
+            chosen[name] = section(**value)
+        else:
+            chosen[name] = value
+    return Config(**chosen)

@@ -1,0 +1,92 @@
+# `make train` and `make test` do their own set-up: a virtual environment in .venv, made once and reused.
+# `make VENV= test` uses the python3 of the environment as it is (a container with torch in it, say).
+VENV ?= .venv
+DATA ?=
+NPROC ?= 1
+ARGS ?=
+FACES ?= data/faces
+BASE_PYTHON ?= python3
+
+ifeq ($(strip $(VENV)),)
+  PYTHON := $(BASE_PYTHON)
+  READY :=
+  READY_DEV :=
+else
+  PYTHON := $(VENV)/bin/python
+  READY := $(VENV)/.ready
+  READY_DEV := $(VENV)/.ready-dev
+endif
+
+# torchrun only where there are several ranks: it costs some seconds at the start.
+ifeq ($(NPROC),1)
+  LAUNCH := $(PYTHON)
+else
+  LAUNCH := $(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC)
+endif
+
+# A --config in ARGS replaces the default one.
+ifneq ($(findstring --config,$(ARGS)),)
+  CONFIG :=
+else ifeq ($(strip $(DATA)),)
+  CONFIG := --config configs/quickstart.yaml
+else
+  CONFIG := --config configs/portraits64.yaml
+endif
+
+.PHONY: help train test test-gpu test-system lint format bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make train [DATA=path] [NPROC=n] [ARGS='--train.num_epochs 10']"
+	@echo "                   train; without DATA on cartoon faces that are drawn first; the same command again resumes"
+	@echo "make test          the test suite"
+	@echo "make test-gpu      every check that needs a CUDA device, and the GPU benchmarks"
+	@echo "make test-system   tests that need root or Debian packages (chromium)"
+	@echo "make lint          ruff and mypy"
+	@echo "make bench         data and training throughput; adds lines to benchmarks/results/"
+	@echo "make clean         remove the virtual environment and tool caches; runs and data stay"
+
+$(VENV)/.ready: setup.py
+	$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0])'
+	test -x $(VENV)/bin/python || $(BASE_PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+train: $(READY)
+ifeq ($(strip $(DATA)),)
+	$(PYTHON) launch/prepare.py faces $(FACES)
+	$(LAUNCH) launch/train.py $(CONFIG) --data.dataroot $(FACES) $(ARGS)
+else
+	$(LAUNCH) launch/train.py $(CONFIG) --data.dataroot $(DATA) $(ARGS)
+endif
+
+test: $(READY_DEV)
+	$(PYTHON) -m pytest -m "not gpu and not system"
+
+test-gpu: $(READY_DEV)
+	$(PYTHON) -m pytest -m gpu -rs
+	$(PYTHON) -m benchmarks.data --device cuda
+	$(PYTHON) -m benchmarks.train --device cuda
+
+test-system: $(READY_DEV)
+	$(PYTHON) -m pytest -m system -rs
+
+lint: $(READY_DEV)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format: $(READY_DEV)
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+bench: $(READY_DEV)
+	$(PYTHON) -m benchmarks.data
+	$(PYTHON) -m benchmarks.train
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache *.egg-info

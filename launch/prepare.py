@@ -1,0 +1,10 @@
+"""Datasets made ready: `python launch/prepare.py faces|index|pack|torchvision ...`, each with --help."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from pipeline.cli.prepare import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,10 @@
+"""Pictures from a trained generator: `python launch/sample.py RUN --num 64 --seed 0 --out grid.png`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from pipeline.cli.sample import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,313 @@
+"""Decoded images kept: a file that the ranks of a machine map together, and that later runs map again.
+
+The file holds the uint8 windows of all images one after another, before their random part.  Beside it lies a .json of
+what it is and the CRC-32 of each of its parts.  It is named by dataset, geometry and decoder, so that another of
+these makes another file.
+
+Building: the first rank takes a lock, reserves the space in a partial file, every rank fills a share of it, the first
+one syncs and renames.  A run killed halfway leaves a partial that the next one overwrites.  Lock and partial bear the
+machine's name: on a shared folder two machines never write to one file, and the last to rename leaves equal content.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.augment import Parameters
+from pipeline.config import DataConfig
+from pipeline.decode import Decoder, Pixels, window_shape
+from pipeline.decode.pillow import PillowDecoder
+from pipeline.errors import StorageError
+from pipeline.index import Dataset, cache_folder
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["host", "device"]
+
+FORMAT = 1
+"""Version of the file; another number is rebuilt."""
+
+PARTS = 256
+"""The file is summed in so many parts."""
+
+_BATCH = 128
+"""Images decoded at once while building."""
+
+_CHECKED_BYTES = 4 << 30
+"""A larger file is checked by an even sample of its parts: about two seconds at every start (2.5 GB/s, 2026-11)."""
+
+_SPARE_DISK = 1 << 30
+_SHARE_OF_MEMORY = 0.5
+"""Of what is available on the host or free on the GPU, the most that images may take; the rest is for training."""
+
+
+@dataclass(frozen=True)
+class Cached:
+    """All images of a dataset, decoded."""
+
+    images: Pixels | Tensor
+    """(len, H + m, W + m, C) uint8: a read-only memory map of the host, or a tensor on the device."""
+    decoder: str
+    """What decoded them."""
+    path: Path
+    """The file."""
+
+    @property
+    def kind(self) -> Kind:
+        return "device" if isinstance(self.images, Tensor) else "host"
+
+
+def _decoder_name(decoder: Decoder, device: torch.device) -> str:
+    """DALI on a GPU decodes with other hardware than on the CPU, to slightly other pixels."""
+    return "dali-gpu" if decoder == "dali" and device.type == "cuda" else decoder
+
+
+def cache_file(folder: Path, cfg: DataConfig, fingerprint: str, decoder: Decoder, device: torch.device) -> Path:
+    """Where the decoded images of this dataset, geometry and decoder lie, or would."""
+    shape = "x".join(map(str, window_shape(cfg)))
+    return folder / f"decoded-{fingerprint[:16]}-{shape}-{_decoder_name(decoder, device)}.u8"
+
+
+def cache_kind(
+    cfg: DataConfig, dataset: Dataset, device: torch.device, *, decoder: Decoder
+) -> tuple[Literal["none", "host", "device"], str]:
+    """The cache that data.cache means here, and why, as a sentence.
+
+    It looks at what is free at this moment, so one rank must ask and tell the others.
+    """
+    if cfg.cache != "auto":
+        return cfg.cache, f"data.cache is {cfg.cache}."
+    folder = cache_folder(cfg)
+    needed = len(dataset) * math.prod(window_shape(cfg))
+    path = cache_file(folder, cfg, dataset.index.fingerprint, decoder, device)
+    size = f"{len(dataset):,} decoded images take {_gib(needed)}"
+    disk, memory = _free_disk(folder), _available_memory()
+    if not path.exists() and needed + _SPARE_DISK > disk:
+        return "none", f"{size}; of {_gib(disk)} free in {folder}, {_gib(_SPARE_DISK)} shall stay so."
+    if needed > memory * _SHARE_OF_MEMORY:
+        return "none", f"{size}; that is more than half of the {_gib(memory)} of memory that are available."
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        if needed <= free * _SHARE_OF_MEMORY:
+            return "device", f"{size}; {_gib(free)} are free on the GPU."
+        return "host", f"{size}; that is more than half of the {_gib(free)} that are free on the GPU."
+    return "host", f"{size}; {_gib(disk)} are free in {folder}, {_gib(memory)} of memory are available."
+
+
+def build_cache(
+    cfg: DataConfig,
+    dataset: Dataset,
+    *,
+    decoder: Decoder,
+    kind: Kind,
+    device: torch.device,
+    threads: int,
+    local_rank: int = 0,
+    local_world_size: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Cached:
+    """Decode all images once, or take what an earlier run decoded.
+
+    Args:
+        device: where DALI decodes, and where a `device` cache lives.
+        threads: decode threads of this rank.
+        barrier: waits for all ranks of this machine, or for more; called three times, whatever is found.
+        progress: told (images done, images in all) of this rank's share.
+
+    Raises:
+        DataError: an image cannot be decoded.
+        StorageError: the folder has too little space, or cannot be written to.
+    """
+    shape = len(dataset), *window_shape(cfg)
+    folder = cache_folder(cfg)
+    path = cache_file(folder, cfg, dataset.index.fingerprint, decoder, device)
+    partial = path.with_name(f"{path.name}.{platform.node()}.partial")
+    facts: dict[str, Any] = {
+        "format": FORMAT,
+        "shape": list(shape),
+        "fingerprint": dataset.index.fingerprint,
+        "decoder": _decoder_name(decoder, device),
+        "jpeg_fancy_upsampling": cfg.jpeg_fancy_upsampling or decoder == "pillow",
+    }
+    with contextlib.ExitStack() as stack:
+        try:
+            if local_rank == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_locked(partial.with_suffix(".lock")))
+                if not (_matches(path, facts) and _sums_hold(path, shape)):
+                    for damaged in (_json_of(path), path):
+                        damaged.unlink(missing_ok=True)
+                    stack.callback(partial.unlink, missing_ok=True)  # whatever comes: renamed by then, or of no use
+                    _reserve(partial, math.prod(shape))
+            barrier()
+            build = not _matches(path, facts)
+            if build:
+                out = np.memmap(partial, np.uint8, "r+", shape=shape)
+                start, stop = (len(dataset) * r // local_world_size for r in (local_rank, local_rank + 1))
+                _fill(out, start, stop, cfg, dataset, decoder, device, threads, progress)
+                out.flush()
+            barrier()
+            if build and local_rank == 0:
+                _finish(partial, path, facts, shape)
+            barrier()
+            # As a plain array: slicing a memmap object costs Python time for each image.
+            images = np.asarray(np.memmap(path, np.uint8, "r", shape=shape))
+        except OSError as error:
+            raise StorageError(f"{path}: decoded images cannot be kept ({error})") from error
+    return Cached(_to_device(images, device) if kind == "device" else images, facts["decoder"], path)
+
+
+def _fill(
+    out: Pixels,
+    start: int,
+    stop: int,
+    cfg: DataConfig,
+    dataset: Dataset,
+    decoder: Decoder,
+    device: torch.device,
+    threads: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Decode items start..stop - 1 into their rows."""
+    done = start
+    for windows in _windows(start, stop, cfg, dataset, decoder, device, threads):
+        out[done : done + len(windows)] = windows
+        done += len(windows)
+        if progress:
+            progress(done - start, stop - start)
+
+
+def _windows(
+    start: int, stop: int, cfg: DataConfig, dataset: Dataset, decoder: Decoder, device: torch.device, threads: int
+) -> Iterator[Pixels]:
+    items = [np.arange(i, min(i + _BATCH, stop)) for i in range(start, stop, _BATCH)]
+    if decoder == "dali":
+        from pipeline.decode.dali import DaliDecoder
+
+        nothing = Parameters(None, None, None, None)
+        dali = DaliDecoder(cfg, dataset, device=device, threads=threads, max_batch=_BATCH, augmented=False)
+        with contextlib.closing(dali):
+            for output in dali.images((batch, nothing) for batch in items):
+                yield torch.from_dlpack(output).cpu().numpy()
+    else:
+        height, width, channels = window_shape(cfg)
+        with contextlib.closing(PillowDecoder(dataset, (height, width), channels, threads)) as pillow:
+            yield from pillow.windows(items)
+
+
+def _json_of(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _matches(path: Path, facts: dict[str, Any]) -> bool:
+    """Whether the file is complete and what facts say; its content is not read."""
+    try:
+        found = json.loads(_json_of(path).read_text())
+        return {key: found.get(key) for key in facts} == facts and path.stat().st_size == math.prod(facts["shape"])
+    except (FileNotFoundError, ValueError, AttributeError):  # absent, not JSON, JSON but no object
+        return False
+
+
+def _parts(images: Pixels) -> list[Pixels]:
+    return [part for part in np.array_split(images, PARTS) if len(part)]
+
+
+def _sums_hold(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether the parts have the CRCs of the .json: a disk that lost a page is noticed here, not in the pictures."""
+    sums = json.loads(_json_of(path).read_text()).get("crc32")
+    parts = _parts(np.memmap(path, np.uint8, "r", shape=shape))
+    step = -(-math.prod(shape) // _CHECKED_BYTES)
+    if not isinstance(sums, list) or len(sums) != len(parts):
+        return False
+    return all(zlib.crc32(part.data) == expected for part, expected in zip(parts[::step], sums[::step], strict=True))
+
+
+def _reserve(partial: Path, num_bytes: int) -> None:
+    """Take the space now: on a full disk, writing through a map would be a SIGBUS instead of an error."""
+    with partial.open("wb") as file:  # an older partial gives its space back here
+        free = _free_disk(partial.parent)
+        try:
+            if not hasattr(os, "posix_fallocate"):  # macOS
+                file.truncate(num_bytes)
+            elif num_bytes > free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            else:
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+        except OSError as error:
+            raise StorageError(
+                f"{partial.parent}: decoded images take {_gib(num_bytes)}, {_gib(free)} are free ({error.strerror}); "
+                "make room, set data.cache_dir to another folder, or set data.cache to none"
+            ) from error
+
+
+def _finish(partial: Path, path: Path, facts: dict[str, Any], shape: tuple[int, ...]) -> None:
+    """Sum, sync and rename; the .json comes last, because it is what makes the file count."""
+    images = np.memmap(partial, np.uint8, "r", shape=shape)
+    text = json.dumps(facts | {"crc32": [zlib.crc32(part.data) for part in _parts(images)]}) + "\n"
+    aside = partial.with_suffix(".json")
+    aside.write_text(text)
+    for written in (partial, aside):
+        with written.open("rb+") as file:
+            os.fsync(file.fileno())
+    partial.replace(path)
+    aside.replace(_json_of(path))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock among the processes of this machine; the system drops it when its holder dies."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("%s: another run decodes the same images; waiting for it", path.parent)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _to_device(images: Pixels, device: torch.device) -> Tensor:
+    """A copy on the device, part by part, so that the host never holds a second one."""
+    out = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    done = 0
+    for part in _parts(images):
+        out[done : done + len(part)] = torch.from_numpy(part.copy())
+        done += len(part)
+    return out
+
+
+def _available_memory() -> int:
+    """Bytes that programs may still take, the system's file cache included."""
+    with contextlib.suppress(FileNotFoundError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _free_disk(folder: Path) -> int:
+    """Bytes free where the folder is, or would be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"

@@ -1,0 +1,144 @@
+"""From command line and YAML to a Config, with every mistake told in one line.
+
+jsonargparse reads types, defaults and --help texts off the dataclasses of pipeline.config.  What it does not do by
+itself is done here: an error is one line that names the key, the value and the nearest known key, a key given twice
+in a YAML file is an error, and an abbreviated option is not accepted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
+
+from pipeline.config import Config, ConfigError, did_you_mean, to_dict
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, to which `1e-4` is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)$"),
+    list("-+0123456789."),
+)
+
+
+def _refuse_duplicates(node: yaml.Node | None, prefix: str = "") -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+        if name in lines:
+            raise ConfigError(f"{name} stands twice in the configuration, in lines {lines[name]} and {line}")
+        lines[name] = line
+        _refuse_duplicates(value, f"{name}.")
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        ConfigError: a key stands twice.
+        yaml.YAMLError: it is not YAML.
+    """
+    _refuse_duplicates(yaml.compose(text, Loader=_Loader))
+    return yaml.load(text, Loader=_Loader)
+
+
+set_loader("yaml_strict", load_yaml, exceptions=(yaml.YAMLError,))
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="train.py",
+        description="Train a DCGAN on photographs.  The same command again resumes.",
+        parser_mode="yaml_strict",
+        exit_on_error=False,
+        allow_abbrev=False,
+        default_env=False,
+    )
+    parser.add_argument("--config", action="config", help="A YAML file of settings; options after it override it.")
+    parser.add_argument("--dry-run", action="store_true", help="Print what would run, and end.")
+    parser.add_class_arguments(Config, None)
+    return parser
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a command line asked for."""
+
+    config: Config
+    config_name: str
+    """Stem of the --config file, or "default": names the run where run.dir does not."""
+    dry_run: bool
+
+
+def parse(argv: list[str]) -> Options:
+    """Read a command line; --help and --print_config print and end the program.
+
+    Raises:
+        ConfigError: one line with the key, the rule, what was found and the nearest known key.
+    """
+    parser = _parser()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # jsonargparse announces its next major version here
+            namespace = parser.parse_args(argv)
+            values = (
+                parser.instantiate(namespace)
+                if hasattr(parser, "instantiate")
+                else parser.instantiate_classes(namespace)
+            )
+    except ArgumentError as error:
+        raise ConfigError(_one_line(str(error))) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(_one_line(f"Problems parsing config: {error}")) from None
+    sections = {f.name: values[f.name] for f in dataclasses.fields(Config)}
+    files = values.get("config") or []
+    if len(files) > 1:
+        raise ConfigError(f"--config takes one file, got {len(files)}: {', '.join(str(f) for f in files)}")
+    return Options(Config(**sections), Path(str(files[0])).stem if files else "default", values["dry_run"])
+
+
+def _one_line(message: str) -> str:
+    """jsonargparse's message of several lines as one of ours."""
+    text = " ".join(message.split())
+    if match := re.search(r'Parser key "([\w.]+)": Expected an? (.*?)\. Got value: (.*)$', text):
+        key, kind, found = match.groups()
+        kind = re.sub(r"<class '(\w+)'>|typing\.", lambda m: m.group(1) or "", kind)
+        if kind.startswith("Literal"):
+            kind = "one of " + kind[len("Literal[") : -1].replace("'", "")
+        return f"{key} must be {kind}, got {found}"
+    if match := re.search(r"unrecognized arguments: (.*)$", text):
+        first = match.group(1).split()[0]
+        key = first.removeprefix("--").split("=")[0]
+        return f"{first} is no option{did_you_mean(key)}" if first.startswith("--") else f"{first} belongs to no option"
+    if match := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text):
+        key = f"{match.group(1)}.{match.group(2)}"
+        return f"{key} is no setting{did_you_mean(key)}"
+    if match := re.search(r"Option '([\w.]+)' is not accepted", text):
+        return f"{match.group(1)} is no setting{did_you_mean(match.group(1))}"
+    if match := re.search(r"File does not exist: '(.*)'", text):
+        return f"--config names no file: {match.group(1)}"
+    if match := re.search(r"Unable to load config ['\"](.*?)['\"]", text):
+        return f"a section takes its settings one by one (--section.key value), got {match.group(1)}"
+    if text.startswith("Unexpected config:"):
+        return "the configuration holds no settings" + text.removeprefix("Unexpected config").rstrip(": ")
+    return text.replace("Problems parsing config:", "the configuration is not YAML:").replace(
+        'in "<unicode string>", ', ""
+    )
+
+
+def to_yaml(config: Config) -> str:
+    """The settings as YAML that `--config` reads back."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)

@@ -1,0 +1,98 @@
+"""launch/train.py: read the settings, train, end with an exit code that says how it went."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from pipeline import distributed, trainer
+from pipeline.cli.options import Options, parse, to_yaml
+from pipeline.config import Config, ConfigError
+from pipeline.errors import UserError
+from pipeline.index import open_dataset
+from pipeline.models import step_flops
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train; the exit code is 0 or that of the error, told in one line by rank 0."""
+    try:
+        options = parse(sys.argv[1:] if argv is None else argv)
+        options.config.per_rank(int(os.environ.get("WORLD_SIZE", 1)))  # before any process group
+        if options.dry_run:
+            if distributed.rank_from_environment() == 0:
+                print(describe(options))
+            return 0
+        trainer.run(options.config, to_yaml(options.config), run_folder(options))
+    except (ConfigError, UserError) as error:
+        if distributed.rank_from_environment() == 0:
+            print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if distributed.rank_from_environment() == 0:
+            print("train.py: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_folder(options: Options) -> Path:
+    """run.dir, or runs/ and the name of the config file."""
+    return Path(options.config.run.dir or Path("runs") / options.config_name)
+
+
+def activation_bytes(cfg: Config, per_rank: int) -> int:
+    """About what a step keeps for backward: each layer's output before and after its activation, G once, D twice."""
+    generator, discriminator = trainer.build_networks(cfg, torch.device("meta"))
+    height, width = cfg.data.size
+
+    def outputs(network: torch.nn.Module, example: torch.Tensor) -> int:
+        total = 0
+
+        def count(_module: object, _inputs: object, output: torch.Tensor) -> None:
+            nonlocal total
+            total += output.numel()
+
+        for layer in network.layers:  # type: ignore[union-attr]
+            layer.register_forward_hook(count)
+        network(example)
+        return total
+
+    latents = torch.empty(1, cfg.model.nz, device="meta")
+    images = torch.empty(1, cfg.data.nc, height, width, device="meta")
+    width_bytes = 4 if cfg.precision in ("fp32", "tf32") else 2
+    return per_rank * width_bytes * (outputs(generator, latents) + 2 * outputs(discriminator, images))
+
+
+def describe(options: Options) -> str:
+    """What --dry-run prints: the settings, the networks, the dataset, the steps, the memory."""
+    cfg = options.config
+    dataset = open_dataset(cfg.data)
+    ranks = distributed.from_environment()
+    plan = trainer.make_plan(cfg, dataset, ranks)
+    world_size = ranks.world_size
+    generator, discriminator = trainer.build_networks(cfg, torch.device("meta"))
+    sizes = [sum(p.numel() for p in n.parameters()) for n in (generator, discriminator)]
+    states = 4 * (sum(sizes) * 4 + (sizes[0] if cfg.optim.ema_half_life_images else 0))  # weight, gradient, two moments
+    activations = activation_bytes(cfg, cfg.per_rank(world_size))
+    flops = step_flops(generator, discriminator, *cfg.data.size)
+    lines = [
+        to_yaml(cfg).rstrip(),
+        "---",
+        f"run folder            {run_folder(options)}",
+        f"dataset               {len(dataset)} images an epoch, {len(dataset.index.rejected)} files left out, "
+        f"fingerprint {dataset.index.fingerprint[:12]}",
+        *(f"{reason.split(' ')[0]:<21} {reason.split(' ', 1)[1]}" for reason in plan.reasons),
+        f"step mode             {plan.mode}",
+        f"generator             {sizes[0]:,} parameters",
+        f"discriminator         {sizes[1]:,} parameters",
+        f"arithmetic            {flops / 1e6:,.1f} MFLOP an image and step",
+        f"ranks                 {world_size}, {cfg.per_rank(world_size)} images of each batch on each",
+        f"steps                 {plan.num_steps:,} of {cfg.train.batch_size}: {plan.total_images:,} images, "
+        f"{plan.total_images / len(dataset):.2f} epochs",
+        f"learning rate         {cfg.optim.scaled_lr(cfg.train.batch_size):g}",
+        f"memory a rank         about {(states + activations) / 2**30:.2f} GiB: weights and optimisers "
+        f"{states / 2**30:.2f}, activations {activations / 2**30:.2f}; Python and libraries come on top",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,190 @@
+"""The ranks: who they are, how they start, and what they tell each other.
+
+torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without them there is one rank and no process group.
+Data and seeds go by the global rank, devices by the local one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.config import ConfigError, DistributedConfig
+from pipeline.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Rank 0: writes files, logs, decides."""
+        return self.rank == 0
+
+
+def rank_from_environment() -> int:
+    """The global rank before any process group exists."""
+    return int(os.environ.get("RANK", 0))
+
+
+def from_environment() -> Ranks:
+    """Who this process is, as torchrun says.
+
+    Raises:
+        ConfigError: more ranks on this machine than GPUs.
+    """
+    local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_world_size > torch.cuda.device_count():
+            raise ConfigError(
+                f"--nproc_per_node must be at most the {torch.cuda.device_count()} GPUs here, got {local_world_size}"
+            )
+        device = torch.device("cuda", local_rank)
+    return Ranks(rank_from_environment(), int(os.environ.get("WORLD_SIZE", 1)), local_rank, local_world_size, device)
+
+
+def start(cfg: DistributedConfig) -> Ranks:
+    """Join the other ranks: NCCL on GPUs, gloo on CPUs; also sets this rank's thread count.
+
+    Raises:
+        ConfigError: more ranks on this machine than GPUs.
+    """
+    ranks = from_environment()
+    on_gpu = ranks.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(ranks.device)
+    torch.set_num_threads(num_threads(cfg, ranks.local_world_size))
+    if ranks.world_size > 1:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            timeout=timedelta(seconds=cfg.start_timeout_s),
+            device_id=ranks.device if on_gpu else None,
+        )
+    return ranks
+
+
+def num_threads(cfg: DistributedConfig, local_world_size: int) -> int:
+    """Threads of one rank: as set, else an even share of the cores this process may use.
+
+    torchrun sets OMP_NUM_THREADS=1 where it starts several ranks, which would leave cores idle.
+    """
+    return cfg.threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def shorten_timeout(seconds: int) -> None:
+    """From the first step on a missing rank is noticed sooner."""
+    if not dist.is_initialized():
+        return
+    if hasattr(dist, "set_timeout"):  # torch 2.15; _set_pg_timeout before
+        dist.set_timeout(timedelta(seconds=seconds))
+    else:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's plain value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's plain value, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run an action that may end the program with a user's error on every rank, and end them all with the same one.
+
+    Without this a rank that stops leaves the others waiting until a time-out.
+    """
+    result: Any = None
+    error: UserError | ConfigError | None = None
+    try:
+        result = action()
+    except (UserError, ConfigError) as caught:
+        error = caught
+    first = next((e for e in gather(error) if e is not None), None)
+    if first is not None:
+        raise first
+    return result
+
+
+def leader_first(ranks: Ranks, action: Callable[[], T]) -> T:
+    """Let the first rank of every machine do it, then the others, who find its result on disk."""
+    result: Any = None
+
+    def turn(mine: bool) -> Callable[[], Any]:
+        return action if mine else lambda: None
+
+    first = ranks.local_rank == 0
+    result = together(turn(first))
+    other = together(turn(not first))
+    return result if first else other
+
+
+def wrap(network: nn.Module, ranks: Ranks, cfg: DistributedConfig) -> nn.Module:
+    """The network under DistributedDataParallel: small buckets that travel during backward, no buffer traffic.
+
+    Every rank keeps its own BatchNorm statistics during training; parameters and buffers start as rank 0's.
+    """
+    without_sync: dict[str, Any] = {"forward_sync_buffers": False}  # torch 2.13 and later
+    if "forward_sync_buffers" not in inspect.signature(DistributedDataParallel.__init__).parameters:
+        without_sync = {"broadcast_buffers": False}  # skips the first broadcast as well
+        for buffer in network.buffers():
+            dist.broadcast(buffer, src=0)
+    return DistributedDataParallel(
+        network,
+        device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
+        bucket_cap_mb=cfg.bucket_cap_mb,
+        gradient_as_bucket_view=True,
+        **without_sync,
+    )
+
+
+def synchronise_batchnorm(network: nn.Module, ranks: Ranks) -> nn.Module:
+    """The network with BatchNorm statistics over all ranks.
+
+    Raises:
+        ConfigError: the ranks have no GPU; torch's SyncBatchNorm refuses the CPU.
+    """
+    if ranks.device.type != "cuda":
+        raise ConfigError("distributed.sync_batchnorm must be false on a CPU, got True")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network)

@@ -1,0 +1,207 @@
+"""Batches for the trainer, read ahead in the background: source -> order -> decode or cache -> augment -> device.
+
+A batch is a function of (seed, images seen, this rank's slice) and of nothing else: neither prefetch depth nor thread
+count nor where a run was resumed changes a byte of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline import augment
+from pipeline.augment import Parameters
+from pipeline.cache import Cached
+from pipeline.config import DataConfig
+from pipeline.decode import Pixels, choose_decoder, window_shape
+from pipeline.decode.pillow import PillowDecoder
+from pipeline.index import Dataset
+from pipeline.order import Order, Slice
+
+T = TypeVar("T")
+
+
+class Feed(Protocol):
+    """An endless supply of this rank's slices of the global batches, in order."""
+
+    wait_s: float
+    """Seconds that next() has waited for data so far."""
+
+    def next(self) -> Tensor:
+        """(n, H, W, C) uint8, contiguous, on the training device, augmented.
+
+        Raises:
+            DataError: a file cannot be read or decoded; every later call raises it again.
+        """
+        ...
+
+    def close(self) -> None:
+        """End its threads.  May be called twice."""
+        ...
+
+
+class ReadAhead(Generic[T]):
+    """A thread that runs an iterator up to `depth` results ahead of its consumer.
+
+    Its error comes out of next() after the results before it, and again from every later next().
+    """
+
+    def __init__(self, results: Iterator[T], depth: int, close: Callable[[], None]) -> None:
+        self._results = results
+        self._depth = depth
+        self._close = close
+        self._ready: deque[T] = deque()
+        self._error: BaseException | None = None
+        self._stop = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for result in self._results:
+                with self._changed:
+                    self._ready.append(result)
+                    self._changed.notify_all()
+                    # The result being made counts too: never more than depth in memory.
+                    self._changed.wait_for(lambda: self._stop or len(self._ready) < self._depth)
+                    if self._stop:
+                        return
+            raise RuntimeError("there are no more batches")  # ended in silence, it would leave next() waiting for ever
+        except BaseException as error:  # noqa: BLE001  handed over: next() raises it in the consumer's thread
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+        finally:
+            self._close()
+
+    def next(self) -> T:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._error or self._stop)
+            if self._stop:
+                raise RuntimeError("the feed is closed")
+            if self._ready:
+                result = self._ready.popleft()
+                self._changed.notify_all()
+                return result
+            assert self._error
+            raise self._error
+
+    def close(self) -> None:
+        with self._changed:
+            self._stop = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._ready.clear()
+
+
+class BackgroundFeed(Generic[T]):
+    """Batches of which the most is made by a background thread, and the rest by `receive` in the trainer's."""
+
+    def __init__(
+        self, results: Iterator[T], depth: int, receive: Callable[[T], Tensor], close: Callable[[], None] = lambda: None
+    ) -> None:
+        self.wait_s = 0.0
+        self._receive = receive
+        self._ahead = ReadAhead(results, depth, close)
+
+    def next(self) -> Tensor:
+        start = time.perf_counter()
+        result = self._ahead.next()
+        self.wait_s += time.perf_counter() - start
+        return self._receive(result)
+
+    def close(self) -> None:
+        self._ahead.close()
+
+
+class Batch(NamedTuple):
+    """What a batch shall be, before any pixel is touched."""
+
+    items: np.ndarray
+    """(n,) int64: rows of the dataset."""
+    parameters: Parameters
+
+
+def batches(cfg: DataConfig, order: Order, shard: Slice, images_seen: int) -> Iterator[Batch]:
+    """This rank's part of every step from images_seen on, without end."""
+    while True:
+        numbers = shard.numbers(images_seen)
+        yield Batch(order.items(numbers), augment.parameters(cfg, order.seed, numbers))
+        images_seen += shard.batch_size
+
+
+def _decoded_by_pillow(cfg: DataConfig, decoder: PillowDecoder, wanted: Iterator[Batch]) -> Iterator[Tensor]:
+    wanted, ahead = itertools.tee(wanted)  # the decoder asks for the next batch before it gives this one
+    for batch, windows in zip(wanted, decoder.windows(b.items for b in ahead), strict=True):
+        yield torch.from_numpy(augment.apply_numpy(windows, batch.parameters, cfg.size))
+
+
+def _gathered(cfg: DataConfig, images: Pixels, wanted: Iterator[Batch]) -> Iterator[Tensor]:
+    for batch in wanted:
+        yield torch.from_numpy(augment.take_numpy(images, batch.items, batch.parameters, cfg.size))
+
+
+def _pinned(results: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """In memory from which the GPU copies by itself, so that the host need not wait."""
+    with torch.cuda.device(device):  # a thread's own setting; without it every rank would open GPU 0 as well
+        for result in results:
+            yield result.pin_memory()
+
+
+def open_feed(
+    cfg: DataConfig,
+    dataset: Dataset,
+    *,
+    seed: int,
+    shard: Slice,
+    device: torch.device,
+    images_seen: int,
+    threads: int,
+    cached: Cached | None,
+) -> Feed:
+    """A feed whose first batch is that of the step after images_seen images.
+
+    Args:
+        device: where batches are wanted; with DALI, a GPU also decodes.
+        threads: decode threads, at least 1.
+        cached: all images decoded; None: decode anew each time.
+    """
+    wanted = batches(cfg, Order(seed, len(dataset)), shard, images_seen)
+    on_gpu = device.type == "cuda"
+
+    def send(batch: Tensor) -> Tensor:
+        return batch.to(device, non_blocking=True)
+
+    if cached is not None:
+        assert cached.images.shape == (len(dataset), *window_shape(cfg)), cached.images.shape
+        if isinstance(cached.images, Tensor) and on_gpu:
+            source = cached.images
+
+            def gather(batch: Batch) -> Tensor:
+                return augment.take_device(source, send(torch.from_numpy(batch.items)), batch.parameters, cfg.size)
+
+            return BackgroundFeed(wanted, cfg.prefetch, gather)
+        pixels = cached.images.numpy() if isinstance(cached.images, Tensor) else cached.images
+        gathered = _gathered(cfg, pixels, wanted)
+        return BackgroundFeed(_pinned(gathered, device) if on_gpu else gathered, cfg.prefetch, send)
+
+    if choose_decoder(cfg)[0] == "dali":
+        from pipeline.decode.dali import DaliDecoder, GpuHandOver
+
+        dali = DaliDecoder(cfg, dataset, device=device, threads=threads, max_batch=shard.per_rank)
+        # DALI itself works cfg.prefetch batches ahead; one more waits here.
+        return BackgroundFeed(dali.images(wanted), 1, GpuHandOver() if on_gpu else torch.from_dlpack, dali.close)
+
+    height, width, channels = window_shape(cfg)
+    pillow = PillowDecoder(dataset, (height, width), channels, threads)
+    decoded = _decoded_by_pillow(cfg, pillow, wanted)
+    return BackgroundFeed(_pinned(decoded, device) if on_gpu else decoded, cfg.prefetch, send, pillow.close)

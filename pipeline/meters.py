@@ -1,0 +1,190 @@
+"""What training says while it runs: stats.jsonl, TensorBoard, a progress bar or plain lines.
+
+Losses add up on the device and are read every log.every_steps steps, the only place where the host waits for it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
+
+from pipeline.step import METERS
+
+_TAGS = {
+    "loss_d": "Loss/D",
+    "loss_g": "Loss/G",
+    "d_real": "D(x)/mean",
+    "d_fake_before": "D(G(z))/before",
+    "d_fake_after": "D(G(z))/after",
+    "epoch": "Progress/epoch",
+    "images_seen": "Progress/images",
+    "learning_rate": "Progress/learning_rate",
+    "images_per_s": "Timing/images_per_s",
+    "images_per_s_rank": "Timing/images_per_s_rank",
+    "step_ms": "Timing/step_ms",
+    "data_wait_percent": "Timing/data_wait_percent",
+    "memory_gib": "Resources/memory_gib",
+    "tflop_per_s": "Resources/tflop_per_s",
+    "peak_fraction": "Resources/fraction_of_measured_peak",
+}
+_CHARTS = {
+    "DCGAN": {
+        "Losses": ["Multiline", ["Loss/D", "Loss/G"]],
+        "D(x) and D(G(z))": ["Multiline", [r"D\(x\)/mean", r"D\(G\(z\)\)/before", r"D\(G\(z\)\)/after"]],
+    }
+}
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most memory this rank has held so far: on the GPU, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+def measured_peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a square matrix product in this type, here and now: what the step can be held against."""
+    side = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=device).to(dtype)
+    best = math.inf
+    for _ in range(6):  # the first ones warm up
+        start = time.perf_counter()
+        (a @ a).sum().item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best / 1e12
+
+
+class Meters:
+    """Sums of what each step measured, on the device."""
+
+    def __init__(self, device: torch.device, world_size: int) -> None:
+        self.world_size = world_size
+        self.sums = torch.zeros(len(METERS), device=device)
+        self.steps = 0
+
+    def add(self, measured: Tensor) -> None:
+        """Add one step's (5,) METERS."""
+        self.sums += measured
+        self.steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Means over the steps since the last read and over all ranks; a collective call."""
+        sums = self.sums.clone()
+        if self.world_size > 1:
+            dist.all_reduce(sums)
+        means = (sums / (max(1, self.steps) * self.world_size)).tolist()
+        self.sums.zero_()
+        self.steps = 0
+        return dict(zip(METERS, means, strict=True))
+
+
+def keep_lines_up_to(path: Path, images_seen: int) -> None:
+    """Cut from stats.jsonl what came after a checkpoint, so that a resumed run does not stand twice in it."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["images_seen"] > images_seen:
+                break
+        except (ValueError, KeyError):  # the last line of a killed run may be half written
+            break
+        kept.append(line + "\n")
+    aside = path.with_suffix(".partial")
+    aside.write_text("".join(kept))
+    aside.replace(path)
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    images_seen: int
+    total_images: int
+    num_images: int
+    """Length of the dataset."""
+
+
+class Log:
+    """Rank 0's voice.  On the other ranks there is none."""
+
+    def __init__(self, run: Path, progress: Progress, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.path = run / "stats.jsonl"
+        self.resumed_at = progress.images_seen
+        keep_lines_up_to(self.path, progress.images_seen)
+        self.board = SummaryWriter(  # type: ignore[no-untyped-call]
+            str(run / "tensorboard"), purge_step=progress.images_seen + 1 if progress.images_seen else None
+        )
+        self.board.add_custom_scalars(_CHARTS)  # type: ignore[no-untyped-call]
+        self.bar: tqdm[Any] | None = None
+        if self.stream.isatty():
+            self.bar = tqdm(
+                total=progress.total_images,
+                initial=progress.images_seen,
+                unit=" images",
+                file=self.stream,
+                dynamic_ncols=True,
+                smoothing=0.05,
+            )
+
+    def say(self, text: str) -> None:
+        """One line for a person."""
+        if self.bar is not None:
+            self.bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def advance(self, images: int) -> None:
+        """Move the bar."""
+        if self.bar is not None:
+            self.bar.update(images)
+
+    def write(self, row: dict[str, Any], progress: Progress) -> None:
+        """One line of stats.jsonl, one point of each curve, and for a person the same in short."""
+        finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in row.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(finite) + "\n")
+        for key, tag in _TAGS.items():
+            if key in row:
+                self.board.add_scalar(tag, row[key], row["images_seen"])  # type: ignore[no-untyped-call]
+        self.board.flush()  # type: ignore[no-untyped-call]
+        short = (
+            f"Loss_D {row['loss_d']:.3f}  Loss_G {row['loss_g']:.3f}  D(x) {row['d_real']:.2f}"
+            f"  D(G(z)) {row['d_fake_before']:.2f}/{row['d_fake_after']:.2f}"
+        )
+        if self.bar is not None:
+            self.bar.set_postfix_str(short)
+            return
+        left = (progress.total_images - row["images_seen"]) / max(row["images_per_s"], 1e-9)
+        done = f"{row['images_seen']:>{len(str(progress.total_images))}}/{progress.total_images}"
+        minutes, seconds = divmod(round(left), 60)
+        self.say(
+            f"images {done}  epoch {row['epoch']:.2f}  {short}  {row['images_per_s']:.0f} images/s"
+            f"  data wait {row['data_wait_percent']:.1f} %  ETA {minutes}:{seconds:02d}"
+        )
+
+    def picture(self, tag: str, picture: Image.Image, images_seen: int) -> None:
+        """Show a picture in TensorBoard."""
+        self.board.add_image(tag, pil_to_tensor(picture), images_seen)  # type: ignore[no-untyped-call]
+        self.board.flush()  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """End the bar and the event file."""
+        if self.bar is not None:
+            self.bar.close()
+        self.board.close()  # type: ignore[no-untyped-call]

@@ -1,0 +1,121 @@
+"""Generator and discriminator of DCGAN (Radford, Metz, Chintala 2016), for any image size.
+
+At 64 x 64 they are the networks of the PyTorch DCGAN tutorial: 3,576,704 and 2,765,568 parameters at ngf = ndf = 64.
+Other sizes have n stride-2 layers, n the largest with min(H, W) / 2^n >= 4, and widths that double from ngf (ndf)
+inward up to 8 times.  Shapes: N images, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import num_halvings
+
+
+class GroupedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d that can treat a batch as several, each normalised by its own statistics.
+
+    Real and fake images may then share one pass through the discriminator and still be separate batches to
+    BatchNorm, as the algorithm has them: outputs, gradients and running statistics equal those of one call a group,
+    in order.
+    """
+
+    num_groups: int = 1
+    """Equal consecutive parts of the batch; set by the network for the length of a forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.num_groups == 1 or not self.training:
+            return super().forward(x)
+        return torch.cat([super(GroupedBatchNorm2d, self).forward(part) for part in x.chunk(self.num_groups)])
+
+
+def initialise(network: nn.Module, generator: torch.Generator) -> None:
+    """The paper's initial weights (section 3): convolutions N(0, 0.02), BatchNorm scales N(1, 0.02), shifts 0."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.normal_(module.weight, 0.0, 0.02, generator=generator)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, 0.02, generator=generator)
+            nn.init.zeros_(module.bias)
+
+
+class Generator(nn.Module):
+    """Draws images from latent vectors: (N, nz) -> (N, nc, height, width) in [-1, 1]."""
+
+    def __init__(self, nz: int, ngf: int, nc: int, height: int, width: int) -> None:
+        super().__init__()
+        n = num_halvings(height, width)
+        widths = [ngf * min(8, 1 << (n - 1 - i)) for i in range(n)]
+        layers: list[nn.Module] = [nn.ConvTranspose2d(nz, widths[0], (height >> n, width >> n), bias=False)]
+        for inner, outer in zip(widths, [*widths[1:], nc], strict=True):
+            layers += [GroupedBatchNorm2d(inner), nn.ReLU(inplace=True)]
+            layers += [nn.ConvTranspose2d(inner, outer, 4, stride=2, padding=1, bias=False)]
+        self.layers = nn.Sequential(*layers)
+        self.nz = nz
+
+    def forward(self, latents: Tensor, num_groups: int = 1) -> Tensor:
+        x = latents[:, :, None, None]
+        x = x.contiguous(memory_format=torch.channels_last)
+        for layer in self.layers:
+            if isinstance(layer, GroupedBatchNorm2d):
+                layer.num_groups = num_groups
+            x = layer(x)
+        return torch.tanh(x)
+
+
+class Discriminator(nn.Module):
+    """Judges images: (N, nc, height, width) -> (N,) logits, above 0 for what it takes for a photograph."""
+
+    def __init__(self, ndf: int, nc: int, height: int, width: int) -> None:
+        super().__init__()
+        n = num_halvings(height, width)
+        widths = [ndf * min(8, 1 << i) for i in range(n)]
+        layers: list[nn.Module] = [nn.Conv2d(nc, widths[0], 4, stride=2, padding=1, bias=False)]
+        layers += [nn.LeakyReLU(0.2, inplace=True)]
+        for outer, inner in itertools.pairwise(widths):
+            layers += [nn.Conv2d(outer, inner, 4, stride=2, padding=1, bias=False)]
+            layers += [GroupedBatchNorm2d(inner), nn.LeakyReLU(0.2, inplace=True)]
+        layers += [nn.Conv2d(widths[-1], 1, (height >> n, width >> n), bias=False)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor, num_groups: int = 1) -> Tensor:
+        x = images
+        for layer in self.layers:
+            if isinstance(layer, GroupedBatchNorm2d):
+                layer.num_groups = num_groups
+            x = layer(x)
+        return x.flatten()
+
+
+def forward_flops(network: Generator | Discriminator, height: int, width: int) -> list[int]:
+    """Floating-point operations of each convolution for one image, two a multiply-add, from the input on.
+
+    Args:
+        height, width: of the image that the network draws or judges, in pixels.
+    """
+    convs = [m for m in network.layers if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    flops = []
+    for i, conv in enumerate(convs):
+        # The grid on which each weight is used once: a convolution's outputs, a transposed one's inputs.
+        steps = i - 1 if isinstance(network, Generator) else i + 1
+        if isinstance(network, Generator):
+            grid = (1, 1) if i == 0 else (height >> (len(convs) - 1 - steps), width >> (len(convs) - 1 - steps))
+        else:
+            grid = (1, 1) if i == len(convs) - 1 else (height >> steps, width >> steps)
+        flops.append(2 * conv.weight.numel() * grid[0] * grid[1])
+    return flops
+
+
+def step_flops(generator: Generator, discriminator: Discriminator, height: int, width: int) -> int:
+    """Floating-point operations of one training step for one image: convolutions only, no wasted gradients.
+
+    G forward once and backward without its input's gradient; D forward three times, its weight gradients for two
+    passes (no gradient to the first layer's input), its input gradients for the third.
+    """
+    g, d = forward_flops(generator, height, width), forward_flops(discriminator, height, width)
+    generator_pass = sum(g) + 2 * sum(g) - g[0]
+    discriminator_pass = 2 * (3 * sum(d) - d[0])
+    return generator_pass + discriminator_pass + 2 * sum(d)

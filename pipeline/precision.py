@@ -1,0 +1,61 @@
+"""Which arithmetic the convolutions use, and whether the hardware has it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+
+from pipeline.config import ConfigError
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def cpu_has_fast_bf16() -> bool:
+    """Whether oneDNN will multiply bf16 matrices in AMX tiles: the CPU has them and no environment variable says no."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
+    return torch.cpu._is_amx_tile_supported() and (limit in ("ALL", "DEFAULT") or "AMX" in limit)
+
+
+def resolve(wanted: str, device: torch.device) -> Precision:
+    """`auto` as what this hardware does best; anything else as it is.
+
+    Raises:
+        ConfigError: the device cannot do what was asked for.
+    """
+    if device.type == "cuda":
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        if wanted == "auto":
+            return "bf16" if ampere else "fp16"
+        if wanted in ("tf32", "bf16") and not ampere:
+            raise ConfigError(f"precision must be fp16 or fp32 on a GPU before compute capability 8.0, got {wanted!r}")
+    elif wanted == "auto":
+        return "bf16" if cpu_has_fast_bf16() else "fp32"
+    elif wanted == "tf32":
+        raise ConfigError(f"precision must be fp32, bf16 or fp16 on a CPU, got {wanted!r}")
+    return wanted  # type: ignore[return-value]
+
+
+def apply(precision: Precision, *, deterministic: bool) -> None:
+    """Set the process-wide switches that belong to a precision."""
+    # cuDNN's convolutions use TF32 by default, which is not what somebody who asks for fp32 means.
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The type of images and activations."""
+    return _DTYPES[precision]
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager:
+    """The context in which the networks run: weights stay float32, convolutions are done in `precision`."""
+    return torch.autocast(device.type, dtype_of(precision), enabled=precision in ("bf16", "fp16"))

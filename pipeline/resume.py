@@ -1,0 +1,103 @@
+"""Whether a run may go on from a checkpoint, and what is different when it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from pipeline import checkpoint as checkpoints
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import Config, ConfigError, to_dict
+from pipeline.errors import DataError
+
+_IDENTITY = ("model.nz", "model.ngf", "model.ndf", "data.image_size", "data.nc", "run.seed")
+"""Another value of these makes another run of it."""
+
+
+def value_of(settings: dict[str, Any], key: str) -> Any:
+    """The value under `section.key`."""
+    section, _, name = key.rpartition(".")
+    return settings[section][name] if section else settings[name]
+
+
+def identity(cfg: Config, fingerprint: str) -> dict[str, Any]:
+    """What a resumed run must share with the checkpoint, as plain values."""
+    found = {key: value_of(to_dict(cfg), key) for key in _IDENTITY}
+    return found | {"data.image_size": list(cfg.data.size), "dataset": fingerprint}
+
+
+def layout(cfg: Config, *, world_size: int, threads: int, precision: str, decoder: str, device: str) -> dict[str, Any]:
+    """What results are exact for: the same of all these repeats a run bit for bit."""
+    return {
+        "world_size": world_size,
+        "threads": threads,
+        "device": device,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "precision": precision,
+        "mode": cfg.train.mode,
+        "channels_last": cfg.train.channels_last,
+        "batch_size": cfg.train.batch_size,
+        "decoder": decoder,
+    }
+
+
+def choose(cfg: Config, run: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint that run.resume means; None: begin.
+
+    Raises:
+        StorageError: a path that holds no good checkpoint.
+    """
+    if cfg.run.resume == "none":
+        return None
+    if cfg.run.resume == "auto":
+        return checkpoints.newest(run, say)
+    return checkpoints.find(Path(cfg.run.resume), say)
+
+
+def check_identity(cfg: Config, fingerprint: str, found: Checkpoint, say: Callable[[str], None]) -> None:
+    """Refuse a checkpoint of another run, unless run.force is set.
+
+    Raises:
+        ConfigError: a setting differs; the message names it.
+        DataError: the dataset differs.
+    """
+    theirs = found.manifest["identity"]
+    for key, mine in identity(cfg, fingerprint).items():
+        if theirs.get(key) == mine:
+            continue
+        message = f"{key} is {mine}, but the checkpoint {found.folder} was made with {theirs.get(key)}"
+        if key == "dataset":
+            message = (
+                f"data.dataroot {cfg.data.dataroot} (fingerprint {fingerprint[:12]}) is not the dataset of the "
+                f"checkpoint {found.folder} (fingerprint {str(theirs.get(key))[:12]})"
+            )
+        if cfg.run.force:
+            say(f"run.force: {message}")
+        elif key == "dataset":
+            raise DataError(f"{message}; --run.force true goes on all the same")
+        else:
+            raise ConfigError(f"{message}; another run.dir begins a new run, --run.force true goes on all the same")
+
+
+def differences(cfg: Config, layout_now: dict[str, Any], found: Checkpoint) -> Iterator[str]:
+    """A line for each setting that changed since the checkpoint, and one where exactness is gone."""
+    then = yaml.safe_load((found.folder / "config.yaml").read_text())
+    now = to_dict(cfg)
+    for section, value in now.items():
+        keys = [f"{section}.{name}" for name in value] if isinstance(value, dict) else [section]
+        for key in keys:
+            if key.startswith("run."):
+                continue
+            old = then.get(section, {})
+            old = old.get(key.partition(".")[2]) if isinstance(value, dict) else then.get(section)
+            if old != value_of(now, key):
+                yield f"changed since the checkpoint: {key} {old} -> {value_of(now, key)}"
+    theirs = found.manifest["layout"]
+    changed = [f"{k} {theirs.get(k)} -> {v}" for k, v in layout_now.items() if theirs.get(k) != v]
+    if changed:
+        yield f"the layout differs ({', '.join(changed)}): the same images follow, results are not promised to the bit"

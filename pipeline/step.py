@@ -1,0 +1,189 @@
+"""One training step: D learns from real and fake, then G learns from D.
+
+`ReferenceStep` is the tutorial's order of work.  `FastStep` gives the same losses, gradients and running statistics
+with less: one backward for D, no weight gradients of D in G's half (9 % of the FLOPs), one all-reduce a network, and,
+where a device likes large batches, real and fake in one pass of 2N with separate BatchNorm statistics.
+
+Legend: N images of this rank, C channels, H x W pixels, nz the latent's length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels.normalize import normalize
+from pipeline import precision as precision_
+from pipeline.config import OptimConfig
+from pipeline.losses import discriminator_loss, fake_loss, generator_loss, real_loss
+from pipeline.models import Discriminator, Generator
+from pipeline.precision import Precision
+
+METERS = ("loss_d", "loss_g", "d_real", "d_fake_before", "d_fake_after")
+"""What a step measures, in this order: the tutorial's Loss_D, Loss_G, D(x), D(G(z)) before and after D's update."""
+
+
+@dataclass
+class Players:
+    """The two networks, what trains them and G's running average: everything a step changes."""
+
+    generator: Generator
+    discriminator: Discriminator
+    optimizer_g: torch.optim.Optimizer
+    optimizer_d: torch.optim.Optimizer
+    scaler_g: torch.amp.GradScaler
+    scaler_d: torch.amp.GradScaler
+    ema: dict[str, Tensor]
+    """G's parameters averaged over images; empty where no average is kept."""
+    parallel: dict[str, Any] = field(default_factory=dict)
+    """`generator` and `discriminator` as wrapped for many ranks; empty on a single one."""
+
+    def forward_g(self, latents: Tensor) -> Tensor:
+        return self.parallel.get("generator", self.generator)(latents)
+
+    def forward_d(self, images: Tensor, num_groups: int = 1) -> Tensor:
+        return self.parallel.get("discriminator", self.discriminator)(images, num_groups)
+
+
+def make_players(
+    generator: Generator, discriminator: Discriminator, cfg: OptimConfig, *, lr: float, precision: Precision
+) -> Players:
+    """Optimisers, scalers and the average for networks that already lie on their device in their memory format."""
+
+    def adam(network: nn.Module) -> torch.optim.Adam:
+        return torch.optim.Adam(network.parameters(), lr=lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+
+    device = next(generator.parameters()).device.type
+    scaled = precision == "fp16"
+    return Players(
+        generator,
+        discriminator,
+        adam(generator),
+        adam(discriminator),
+        torch.amp.GradScaler(device, enabled=scaled),
+        torch.amp.GradScaler(device, enabled=scaled),
+        {k: p.detach().clone() for k, p in generator.named_parameters()} if cfg.ema_half_life_images else {},
+    )
+
+
+class Step:
+    """What the loop calls: (images, latents) in, meters out.  Nothing in it waits for the device."""
+
+    def __init__(
+        self,
+        players: Players,
+        precision: Precision,
+        *,
+        channels_last: bool,
+        ema_half_life_images: int,
+        joint: bool = False,
+    ) -> None:
+        self.players = players
+        self.precision = precision
+        self.channels_last = channels_last
+        self.ema_half_life_images = ema_half_life_images
+        self.joint = joint
+        self.device = next(players.generator.parameters()).device
+
+    def __call__(self, images: Tensor, latents: Tensor, images_seen: int, batch_size: int) -> Tensor:
+        """Train both networks on one batch.
+
+        Args:
+            images: (N, H, W, C) uint8 on the training device.
+            latents: (N, nz) float32.
+            images_seen: global images before this step; paces the average's ramp.
+            batch_size: images of the global batch.
+
+        Returns:
+            (5,) float32 on the device: METERS, means over this rank's images.
+        """
+        real = normalize(images, precision_.dtype_of(self.precision), self.channels_last)
+        meters = self.play(real, latents)
+        if self.players.ema:
+            self.average(images_seen, batch_size)
+        return meters
+
+    def play(self, real: Tensor, latents: Tensor) -> Tensor:
+        """One round of the game; real is (N, C, H, W) in [-1, 1]."""
+        raise NotImplementedError
+
+    def average(self, images_seen: int, batch_size: int) -> None:
+        """Move G's average towards G.
+
+        The half-life grows with the images seen, to one twentieth of them at most, so that the average does not
+        drag the first noise along (Karras et al. 2020, StyleGAN2's ramp-up).
+        """
+        half_life = min(self.ema_half_life_images, 0.05 * images_seen)
+        keep = 0.5 ** (batch_size / half_life) if half_life > 0 else 0.0
+        live = [p.detach() for p in self.players.generator.parameters()]
+        torch._foreach_lerp_(list(self.players.ema.values()), live, 1.0 - keep)
+
+    def autocast(self) -> Any:
+        return precision_.autocast(self.precision, self.device)
+
+
+def _step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def _meters(loss_d: Tensor, loss_g: Tensor, real: Tensor, fake: Tensor, fake_after: Tensor) -> Tensor:
+    probabilities = [torch.sigmoid(logits.detach().float()).mean() for logits in (real, fake, fake_after)]
+    return torch.stack([loss_d.detach(), loss_g.detach(), *probabilities])
+
+
+class ReferenceStep(Step):
+    """The tutorial's order: D on real and backward, D on fake and backward, D steps; D on that fake, G steps."""
+
+    def play(self, real: Tensor, latents: Tensor) -> Tensor:
+        p = self.players
+        p.optimizer_d.zero_grad()
+        with self.autocast():
+            real_logits = p.forward_d(real)
+            loss_real = real_loss(real_logits)
+        p.scaler_d.scale(loss_real).backward()
+        with self.autocast():
+            fake = p.forward_g(latents)
+            fake_logits = p.forward_d(fake.detach())
+            loss_fake = fake_loss(fake_logits)
+        p.scaler_d.scale(loss_fake).backward()
+        _step(p.optimizer_d, p.scaler_d)
+        p.optimizer_g.zero_grad()
+        with self.autocast():
+            after_logits = p.discriminator(fake)
+            loss_g = generator_loss(after_logits)
+        p.scaler_g.scale(loss_g).backward()
+        _step(p.optimizer_g, p.scaler_g)
+        return _meters(loss_real + loss_fake, loss_g, real_logits, fake_logits, after_logits)
+
+
+class FastStep(Step):
+    """The same round with less work."""
+
+    def play(self, real: Tensor, latents: Tensor) -> Tensor:
+        p = self.players
+        with self.autocast():
+            fake = p.forward_g(latents)
+            # One pass of 2N suits a GPU, where launches count; on a CPU two passes are as fast (232 and 231 images/s
+            # at N = 128 in bf16, 2026-11) and need no copy of the two halves.
+            if self.joint:
+                real_logits, fake_logits = p.forward_d(torch.cat([real, fake.detach()]), num_groups=2).chunk(2)
+            else:
+                real_logits, fake_logits = p.forward_d(real), p.forward_d(fake.detach())
+            loss_d = discriminator_loss(real_logits, fake_logits)
+        p.optimizer_d.zero_grad()
+        p.scaler_d.scale(loss_d).backward()
+        _step(p.optimizer_d, p.scaler_d)
+
+        p.discriminator.requires_grad_(False)
+        with self.autocast():
+            after_logits = p.discriminator(fake)
+            loss_g = generator_loss(after_logits)
+        p.optimizer_g.zero_grad()
+        p.scaler_g.scale(loss_g).backward()
+        p.discriminator.requires_grad_(True)
+        _step(p.optimizer_g, p.scaler_g)
+        return _meters(loss_d, loss_g, real_logits, fake_logits, after_logits)

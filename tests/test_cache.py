@@ -1,0 +1,224 @@
+import errno
+import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pipeline.cache
+from pipeline.cache import Cached, build_cache, cache_kind
+from pipeline.config import DataConfig
+from pipeline.decode import dali_problem, window_shape
+from pipeline.decode.pillow import PillowDecoder
+from pipeline.errors import DataError, StorageError
+from pipeline.index import Dataset, open_dataset
+from tests.images import jpeg_bytes, portrait
+
+CPU = torch.device("cpu")
+COUNT = 300  # more than two batches of the builder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(COUNT):
+        scene = portrait(24 + number % 7, 24 + number % 5) ^ np.uint8(number % 64)
+        (folder / f"{number:03}.jpg").write_bytes(jpeg_bytes(Image.fromarray(scene)))
+    return folder
+
+
+@pytest.fixture
+def cfg(folder: Path, tmp_path: Path) -> DataConfig:
+    return DataConfig(dataroot=str(folder), cache_dir=str(tmp_path), image_size=16, crop_margin=2, decoder="pillow")
+
+
+@pytest.fixture
+def dataset(cfg: DataConfig) -> Dataset:
+    return open_dataset(cfg)
+
+
+def build(cfg: DataConfig, dataset: Dataset, **options: Any) -> Cached:
+    defaults: dict[str, Any] = {"decoder": "pillow", "kind": "host", "device": CPU, "threads": 2}
+    return build_cache(cfg, dataset, **(defaults | options))
+
+
+def windows(cfg: DataConfig, dataset: Dataset) -> np.ndarray:
+    decoder = PillowDecoder(dataset, window_shape(cfg)[:2], cfg.nc, 2)
+    (images,) = decoder.windows([np.arange(len(dataset))])
+    decoder.close()
+    return images
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The shares that were decoded, as (start, stop)."""
+    shares = []
+    fill = pipeline.cache._fill
+
+    def counting(out: Any, start: int, stop: int, *rest: Any) -> None:
+        shares.append((start, stop))
+        fill(out, start, stop, *rest)
+
+    monkeypatch.setattr(pipeline.cache, "_fill", counting)
+    return shares
+
+
+def test_it_holds_the_windows_of_all_images_in_order(cfg: DataConfig, dataset: Dataset) -> None:
+    told: list[tuple[int, int]] = []
+    cached = build(cfg, dataset, progress=lambda done, total: told.append((done, total)))
+    assert cached.images.shape == (COUNT, 18, 18, 3)
+    np.testing.assert_array_equal(cached.images, windows(cfg, dataset))
+    assert told == [(128, COUNT), (256, COUNT), (COUNT, COUNT)]
+    assert cached.path.name == f"decoded-{dataset.index.fingerprint[:16]}-18x18x3-pillow.u8"
+    assert not list(cached.path.parent.glob("*.partial"))
+
+
+def test_a_later_run_takes_what_is_there(cfg: DataConfig, dataset: Dataset, built: list[tuple[int, int]]) -> None:
+    first = np.array(build(cfg, dataset).images)
+    again = build(cfg, dataset)
+    assert built == [(0, COUNT)]
+    np.testing.assert_array_equal(again.images, first)
+    with pytest.raises(ValueError, match="read-only"):
+        again.images[0] = 0
+
+
+def test_another_geometry_makes_another_file(cfg: DataConfig, dataset: Dataset) -> None:
+    other = DataConfig(dataroot=cfg.dataroot, cache_dir=cfg.cache_dir, image_size=[16, 32], nc=1)
+    assert build(cfg, dataset).path != build(other, dataset).path
+
+
+def test_ranks_share_the_work_and_map_one_file(cfg: DataConfig, dataset: Dataset, built: list[tuple[int, int]]) -> None:
+    meeting = threading.Barrier(3)
+
+    def rank(number: int) -> Cached:
+        return build(cfg, dataset, local_rank=number, local_world_size=3, threads=1, barrier=lambda: meeting.wait(30))
+
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(2):  # the second time nothing is to do, and the barriers are as many
+            cached = list(pool.map(rank, range(3)))
+    assert sorted(built) == [(0, 100), (100, 200), (200, 300)]
+    for each in cached:
+        np.testing.assert_array_equal(each.images, windows(cfg, dataset))
+
+
+def test_of_two_runs_at_once_the_second_waits_and_takes_the_first_ones(
+    cfg: DataConfig, dataset: Dataset, built: list[tuple[int, int]]
+) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(build, cfg, dataset) for _ in range(2)]
+        first, second = (run.result(timeout=60) for run in runs)
+    assert built == [(0, COUNT)]
+    np.testing.assert_array_equal(first.images, second.images)
+
+
+def shorten(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut_the_json(path: Path) -> None:
+    file = path.with_suffix(".json")
+    file.write_text(file.read_text()[:40])
+
+
+def another_json(path: Path) -> None:
+    path.with_suffix(".json").write_text("[1]")
+
+
+def an_older_format(path: Path) -> None:
+    file = path.with_suffix(".json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 0}))
+
+
+def lose_the_file(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [shorten, flip_a_bit, cut_the_json, another_json, an_older_format, lose_the_file])
+def test_what_is_damaged_is_built_again(
+    cfg: DataConfig, dataset: Dataset, built: list[tuple[int, int]], damage: Any
+) -> None:
+    expected = windows(cfg, dataset)
+    damage(build(cfg, dataset).path)
+    np.testing.assert_array_equal(build(cfg, dataset).images, expected)
+    assert len(built) == 2
+
+
+def test_the_rest_of_a_killed_run_is_overwritten(cfg: DataConfig, dataset: Dataset) -> None:
+    path = build(cfg, dataset).path
+    path.with_suffix(".json").unlink()
+    partial = path.with_name(f"{path.name}.{pipeline.cache.platform.node()}.partial")
+    path.rename(partial)
+    os.truncate(partial, 1000)
+    np.testing.assert_array_equal(build(cfg, dataset).images, windows(cfg, dataset))
+    assert not partial.exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    cfg: DataConfig, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = sorted(Path(cfg.cache_dir).rglob("*"))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StorageError, match=r"decoded images take .* free .*No space left.*data\.cache_dir"):
+        build(cfg, dataset)
+    left = set(Path(cfg.cache_dir).rglob("*")) - set(before)
+    assert all(path.suffix == ".lock" for path in left)
+
+
+def test_an_image_that_cannot_be_decoded_is_named_and_nothing_is_left(
+    cfg: DataConfig, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Dataset.read
+    monkeypatch.setattr(Dataset, "read", lambda self, i: read(self, i)[: 300 if i == 222 else None])
+    with pytest.raises(DataError, match=r"222\.jpg cannot be decoded"):
+        build(cfg, dataset)
+    assert not list(Path(cfg.cache_dir).glob("*.partial"))
+    assert not list(Path(cfg.cache_dir).glob("*.u8"))
+
+
+def test_a_device_cache_is_a_tensor(cfg: DataConfig, dataset: Dataset) -> None:
+    cached = build(cfg, dataset, kind="device")
+    assert isinstance(cached.images, torch.Tensor)
+    assert cached.kind == "device"
+    np.testing.assert_array_equal(cached.images.numpy(), windows(cfg, dataset))
+
+
+@pytest.mark.skipif(bool(dali_problem()), reason=f"DALI cannot be imported: {dali_problem()}")
+def test_dali_fills_it_with_the_same_pictures(cfg: DataConfig, dataset: Dataset) -> None:
+    cached = build(cfg, dataset, decoder="dali")
+    difference = np.abs(np.asarray(cached.images).astype(int) - windows(cfg, dataset))
+    assert difference.mean() < 0.25  # the tolerance of tests/test_decode.py
+    assert cached.path.name.endswith("-dali.u8")
+
+
+def test_auto_chooses_by_what_is_free(cfg: DataConfig, dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kind(disk: float, memory: float) -> tuple[str, str]:
+        monkeypatch.setattr(pipeline.cache, "_free_disk", lambda _: int(disk * 2**30))
+        monkeypatch.setattr(pipeline.cache, "_available_memory", lambda: int(memory * 2**30))
+        return cache_kind(cfg, dataset, CPU, decoder="pillow")
+
+    chosen, reason = kind(10, 8)
+    assert chosen == "host"
+    assert reason.startswith("300 decoded images take 0.0 GiB; 10.0 GiB are free in ")
+    assert kind(0.5, 8)[0] == "none"
+    assert kind(10, 0.0002)[0] == "none"
+
+
+def test_what_is_asked_for_is_taken(cfg: DataConfig, dataset: Dataset) -> None:
+    for wanted in ("none", "host", "device"):
+        asked = DataConfig(dataroot=cfg.dataroot, cache_dir=cfg.cache_dir, image_size=16, cache=wanted)
+        assert cache_kind(asked, dataset, CPU, decoder="pillow") == (wanted, f"data.cache is {wanted}.")
