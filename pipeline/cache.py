@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -36,8 +36,10 @@ from pipeline.decode import Decoder, Pixels, window_shape
 from pipeline.decode.pillow import PillowDecoder
 from pipeline.errors import StorageError
 from pipeline.index import Dataset, cache_folder
+from pipeline.sources import one_line, shown
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 Kind = Literal["host", "device"]
 
@@ -111,6 +113,10 @@ def cache_kind(
     return "host", f"{size}; {_gib(disk)} are free in {folder}, {_gib(memory)} of memory are available."
 
 
+def _alone(action: Callable[[], T]) -> T:
+    return action()
+
+
 def build_cache(
     cfg: DataConfig,
     dataset: Dataset,
@@ -121,7 +127,7 @@ def build_cache(
     threads: int,
     local_rank: int = 0,
     local_world_size: int = 1,
-    barrier: Callable[[], None] = lambda: None,
+    together: Callable[[Callable[[], Any]], Any] = _alone,
     progress: Callable[[int, int], None] | None = None,
 ) -> Cached:
     """Decode all images once, or take what an earlier run decoded.
@@ -129,7 +135,8 @@ def build_cache(
     Args:
         device: where DALI decodes, and where a `device` cache lives.
         threads: decode threads of this rank.
-        barrier: waits for all ranks of this machine, or for more; called three times, whatever is found.
+        together: runs an action on every rank and waits for all; a user's error of one is raised on each.  Called
+            three times, whatever is found, so that it may join more ranks than this machine's.
         progress: told (images done, images in all) of this rank's share.
 
     Raises:
@@ -137,8 +144,7 @@ def build_cache(
         StorageError: the folder has too little space, or cannot be written to.
     """
     shape = len(dataset), *window_shape(cfg)
-    folder = cache_folder(cfg)
-    path = cache_file(folder, cfg, dataset.index.fingerprint, decoder, device)
+    path = cache_file(cache_folder(cfg), cfg, dataset.index.fingerprint, decoder, device)
     partial = path.with_name(f"{path.name}.{platform.node()}.partial")
     facts: dict[str, Any] = {
         "format": FORMAT,
@@ -147,32 +153,47 @@ def build_cache(
         "decoder": _decoder_name(decoder, device),
         "jpeg_fancy_upsampling": cfg.jpeg_fancy_upsampling or decoder == "pillow",
     }
+    leads = local_rank == 0
+
+    def prepare() -> None:
+        if leads:
+            stack.enter_context(_locked(partial.with_suffix(".lock")))
+            partial.unlink(missing_ok=True)  # of a run that was killed
+            if not (_matches(path, facts) and _sums_hold(path, shape)):
+                for damaged in (_json_of(path), path):
+                    damaged.unlink(missing_ok=True)
+                stack.callback(partial.unlink, missing_ok=True)  # renamed by then, or of no use
+                _reserve(partial, math.prod(shape))
+
+    def fill() -> None:
+        if partial.exists():
+            out = np.memmap(partial, np.uint8, "r+", shape=shape)
+            start, stop = (len(dataset) * r // local_world_size for r in (local_rank, local_rank + 1))
+            _fill(out, start, stop, cfg, dataset, decoder, device, threads, progress)
+            out.flush()
+
+    def finish() -> None:
+        if leads and partial.exists():
+            _finish(partial, path, facts, shape)
+
     with contextlib.ExitStack() as stack:
-        try:
-            if local_rank == 0:
-                folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_locked(partial.with_suffix(".lock")))
-                if not (_matches(path, facts) and _sums_hold(path, shape)):
-                    for damaged in (_json_of(path), path):
-                        damaged.unlink(missing_ok=True)
-                    stack.callback(partial.unlink, missing_ok=True)  # whatever comes: renamed by then, or of no use
-                    _reserve(partial, math.prod(shape))
-            barrier()
-            build = not _matches(path, facts)
-            if build:
-                out = np.memmap(partial, np.uint8, "r+", shape=shape)
-                start, stop = (len(dataset) * r // local_world_size for r in (local_rank, local_rank + 1))
-                _fill(out, start, stop, cfg, dataset, decoder, device, threads, progress)
-                out.flush()
-            barrier()
-            if build and local_rank == 0:
-                _finish(partial, path, facts, shape)
-            barrier()
-            # As a plain array: slicing a memmap object costs Python time for each image.
-            images = np.asarray(np.memmap(path, np.uint8, "r", shape=shape))
-        except OSError as error:
-            raise StorageError(f"{path}: decoded images cannot be kept ({error})") from error
+        for action in (prepare, fill, finish):
+            together(_storage_errors(action, path))
+        # As a plain array: slicing a memmap object costs Python time for each image.
+        images = np.asarray(np.memmap(path, np.uint8, "r", shape=shape))
     return Cached(_to_device(images, device) if kind == "device" else images, facts["decoder"], path)
+
+
+def _storage_errors(action: Callable[[], None], path: Path) -> Callable[[], None]:
+    """The action, with the system's errors as a user's."""
+
+    def run() -> None:
+        try:
+            action()
+        except OSError as error:
+            raise StorageError(f"{shown(path)}: decoded images cannot be kept ({one_line(error)})") from error
+
+    return run
 
 
 def _fill(
@@ -252,10 +273,9 @@ def _reserve(partial: Path, num_bytes: int) -> None:
             else:
                 os.posix_fallocate(file.fileno(), 0, num_bytes)
         except OSError as error:
-            raise StorageError(
-                f"{partial.parent}: decoded images take {_gib(num_bytes)}, {_gib(free)} are free ({error.strerror}); "
-                "make room, set data.cache_dir to another folder, or set data.cache to none"
-            ) from error
+            found = f"decoded images take {_gib(num_bytes)}, {_gib(free)} are free ({error.strerror})"
+            remedy = "make room, set data.cache_dir to another folder, or set data.cache to none"
+            raise StorageError(f"{shown(partial.parent)}: {found}; {remedy}") from error
 
 
 def _finish(partial: Path, path: Path, facts: dict[str, Any], shape: tuple[int, ...]) -> None:
@@ -278,7 +298,7 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("%s: another run decodes the same images; waiting for it", path.parent)
+            log.info("%s: another run decodes the same images; waiting for it", shown(path.parent))
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -219,7 +219,7 @@ class Run:
                 threads=threads,
                 local_rank=self.ranks.local_rank,
                 local_world_size=self.ranks.local_world_size,
-                barrier=distributed.barrier,
+                together=distributed.together,
                 progress=progress if self.ranks.leads else None,
             )
         )

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pipeline.cache import Cached, build_cache, cache_kind
 from pipeline.config import DataConfig
 from pipeline.decode import dali_problem, window_shape
 from pipeline.decode.pillow import PillowDecoder
-from pipeline.errors import DataError, StorageError
+from pipeline.errors import DataError, StorageError, UserError
 from pipeline.index import Dataset, open_dataset
 from tests.images import jpeg_bytes, portrait
 
@@ -69,6 +70,35 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return shares
 
 
+class Meeting:
+    """What pipeline.distributed.together does, for ranks that are threads."""
+
+    def __init__(self, world_size: int) -> None:
+        self.count = 0
+        self._barrier = threading.Barrier(world_size, action=self._met)
+        self._errors: dict[int, UserError] = {}
+
+    def _met(self) -> None:
+        self.count += 1
+
+    def options(self, rank: int) -> dict[str, Any]:
+        def together(action: Callable[[], Any]) -> Any:
+            try:
+                action()
+            except UserError as error:
+                self._errors[rank] = error
+            self._barrier.wait(30)
+            for first in self._errors.values():
+                raise first
+
+        return {"local_rank": rank, "local_world_size": self._barrier.parties, "threads": 1, "together": together}
+
+
+def damage_image(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Dataset.read
+    monkeypatch.setattr(Dataset, "read", lambda self, i: read(self, i)[: 300 if i == number else None])
+
+
 def test_it_holds_the_windows_of_all_images_in_order(cfg: DataConfig, dataset: Dataset) -> None:
     told: list[tuple[int, int]] = []
     cached = build(cfg, dataset, progress=lambda done, total: told.append((done, total)))
@@ -94,17 +124,31 @@ def test_another_geometry_makes_another_file(cfg: DataConfig, dataset: Dataset) 
 
 
 def test_ranks_share_the_work_and_map_one_file(cfg: DataConfig, dataset: Dataset, built: list[tuple[int, int]]) -> None:
-    meeting = threading.Barrier(3)
-
-    def rank(number: int) -> Cached:
-        return build(cfg, dataset, local_rank=number, local_world_size=3, threads=1, barrier=lambda: meeting.wait(30))
-
     with ThreadPoolExecutor(3) as pool:
-        for _ in range(2):  # the second time nothing is to do, and the barriers are as many
-            cached = list(pool.map(rank, range(3)))
+        for _ in range(2):  # the second time nothing is to do
+            meeting = Meeting(3)
+            cached = [
+                run.result(timeout=60)
+                for run in [pool.submit(build, cfg, dataset, **meeting.options(r)) for r in range(3)]
+            ]
+            assert meeting.count == 3
     assert sorted(built) == [(0, 100), (100, 200), (200, 300)]
     for each in cached:
         np.testing.assert_array_equal(each.images, windows(cfg, dataset))
+
+
+def test_when_one_rank_fails_all_name_its_file_and_nothing_is_left(
+    cfg: DataConfig, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage_image(222, monkeypatch)
+    meeting = Meeting(3)
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(build, cfg, dataset, **meeting.options(rank)) for rank in range(3)]
+        for run in runs:
+            with pytest.raises(DataError, match=r"222\.jpg cannot be decoded"):
+                run.result(timeout=60)
+    assert not list(Path(cfg.cache_dir).glob("*.partial"))
+    assert not list(Path(cfg.cache_dir).glob("*.u8"))
 
 
 def test_of_two_runs_at_once_the_second_waits_and_takes_the_first_ones(
@@ -182,8 +226,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 def test_an_image_that_cannot_be_decoded_is_named_and_nothing_is_left(
     cfg: DataConfig, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = Dataset.read
-    monkeypatch.setattr(Dataset, "read", lambda self, i: read(self, i)[: 300 if i == 222 else None])
+    damage_image(222, monkeypatch)
     with pytest.raises(DataError, match=r"222\.jpg cannot be decoded"):
         build(cfg, dataset)
     assert not list(Path(cfg.cache_dir).glob("*.partial"))

@@ -102,7 +102,6 @@ class DaliDecoder:
     ) -> None:
         self.cfg = cfg
         self.dataset = dataset
-        self.device = device
         self._window = window_shape(cfg)[:2]
         self._flip = augmented and cfg.flip
         self._jitter = augmented and any((cfg.brightness, cfg.contrast, cfg.saturation, cfg.hue))

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaks(monkeypatch: pytest.MonkeyPatch):
+    """A test that leaves a thread, a process or an environment variable behind fails."""
+    threads, variables = set(threading.enumerate()), dict(os.environ)
+    yield
+    monkeypatch.undo()
+    left = [t.name for t in set(threading.enumerate()) - threads if t.is_alive() and not _kept(t)]
+    assert not left, f"threads left behind: {left}"
+    assert not _children(), f"processes left behind: {_children()}"
+    changed = {k for k in variables.keys() | os.environ.keys() if variables.get(k) != os.environ.get(k)}
+    assert not changed - {"PYTEST_CURRENT_TEST"}, f"environment variables left behind: {changed}"
+
+
+def _kept(thread: threading.Thread) -> bool:
+    # Pools that a library starts once a process and keeps.
+    return thread.name.startswith(("Thread-autograd", "pin_memory", "asyncio"))
+
+
+def _children() -> list[str]:
+    """Command lines of our child processes; multiprocessing keeps one to track its resources."""
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        for pid in (task / "children").read_text().split():
+            command = Path("/proc", pid, "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            if command and "resource_tracker" not in command:
+                found.append(command)
+    return found

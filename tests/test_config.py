@@ -1,0 +1,163 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.cli import train as command
+from pipeline.cli.options import load_yaml, parse, to_yaml
+from pipeline.config import Config, ConfigError, DataConfig, OptimConfig, TrainConfig, from_dict, known_keys, to_dict
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+# What a user types wrongly, and what the one line must hold.
+MISTAKES = [
+    (["--data.nc", "2"], ["data.nc", "1, 3 or 4", "2"]),
+    (["--data.nc", "x"], ["data.nc", "int", "x"]),
+    (["--data.ncc", "3"], ["--data.ncc", "data.nc?"]),
+    (["--nc", "3"], ["--nc", "data.nc?"]),
+    (["--prec", "bf16"], ["--prec", "precision?"]),
+    (["--precision", "bf17"], ["precision", "bf16", "bf17"]),
+    (["--train.batch_size=1e3"], ["train.batch_size", "int", "1000.0"]),
+    (["--train.batchsize", "3"], ["--train.batchsize", "train.batch_size?"]),
+    (["--train.batch_size", "1"], ["train.batch_size", "at least 2", "1"]),
+    (["--optim.lr", ".nan"], ["optim.lr", "above 0", "nan"]),
+    (["--optim.beta1", "1"], ["optim.beta1", "below 1", "1"]),
+    (["--run.resum", "x"], ["--run.resum", "run.resume?"]),
+    (["--run.seed", "-1"], ["run.seed", "-1"]),
+    (["--data.image_size", "66"], ["data.image_size", "divisible by 16", "66"]),
+    (["--data.image_size", "[64, 32, 3]"], ["data.image_size", "one or two sides"]),
+    (["--data.flip", "maybe"], ["data.flip", "bool", "maybe"]),
+    (["--data", "3"], ["section", "3"]),
+    (["--data.nc"], ["--data.nc", "expected one argument"]),
+    (["--train.num_epochs", ".inf"], ["train.num_epochs", "finite", "inf"]),
+    (["--data.nc", "1", "--data.hue", "5"], ["data.hue", "data.nc is 1"]),
+    (["photos/"], ["photos/", "belongs to no option"]),
+    (["--config", "nowhere.yaml"], ["--config", "nowhere.yaml"]),
+]
+FILES = [
+    ("data:\n  nc: 3\n  nc: 1\n", ["data.nc", "twice", "lines 2 and 3"]),
+    ("data: {nc: 3}\ndata: {flip: true}\n", ["data", "twice"]),
+    ("data:\n  ncc: 3\n", ["data.ncc", "data.nc?"]),
+    ("dat:\n  nc: 3\n", ["dat.nc", "data.nc?"]),
+    ("data:\n  nc: two\n", ["data.nc", "int", "two"]),
+    ("data: [unclosed\n", ["not YAML", "line 2"]),
+    ("", ["no settings"]),
+    ("optim: {lr: fast}\n", ["optim.lr", "float", "fast"]),
+]
+
+
+def complaint(capsys, monkeypatch, arguments) -> str:
+    monkeypatch.delenv("RANK", raising=False)
+    assert command.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+def check(text: str, parts: list[str]) -> None:
+    assert text.count("\n") == 1, text
+    assert text.startswith("train.py: error: ")
+    for part in parts:
+        assert part in text, text
+
+
+@pytest.mark.parametrize(("arguments", "parts"), MISTAKES, ids=lambda v: " ".join(v))
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(capsys, monkeypatch, arguments, parts):
+    check(complaint(capsys, monkeypatch, arguments), parts)
+
+
+@pytest.mark.parametrize(("text", "parts"), FILES, ids=lambda v: repr(v)[:40])
+def test_a_mistake_in_the_file_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, text, parts):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    check(complaint(capsys, monkeypatch, ["--config", str(path)]), parts)
+
+
+def test_two_config_files_are_refused(capsys, monkeypatch):
+    both = ["--config", str(CONFIGS[0]), "--config", str(CONFIGS[1])]
+    check(complaint(capsys, monkeypatch, both), ["--config takes one file"])
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused_before_they_meet(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    check(complaint(capsys, monkeypatch, []), ["train.batch_size", "3 ranks", "128"])
+    monkeypatch.setenv("WORLD_SIZE", "128")
+    check(complaint(capsys, monkeypatch, []), ["train.batch_size", "256 or more", "128"])
+
+
+def test_only_rank_0_complains(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert command.main(["--data.nc", "2"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_every_shipped_config_is_valid(path):
+    options = parse(["--config", str(path)])
+    assert options.config_name == path.stem
+    assert parse(["--config", str(path), "--optim.lr", "1e-4"]).config.optim.lr == 1e-4
+
+
+def test_celeba64_is_the_tutorial():
+    cfg = parse(["--config", str(ROOT / "configs/celeba64.yaml")]).config
+    assert (cfg.data.image_size, cfg.data.nc, cfg.model.nz, cfg.model.ngf, cfg.model.ndf) == (64, 3, 100, 64, 64)
+    assert (cfg.optim.lr, cfg.optim.beta1, cfg.train.batch_size, cfg.train.num_epochs) == (2e-4, 0.5, 128, 5)
+    assert cfg.train.num_steps(202_599) == 7915
+    assert not cfg.data.flip
+
+
+def test_all_fields_yaml_holds_every_field_with_its_default():
+    values = yaml.safe_load((ROOT / "configs/all_fields.yaml").read_text())
+    assert values == to_dict(Config()), "run: python -m pipeline.cli.all_fields > configs/all_fields.yaml"
+
+
+def test_a_config_survives_yaml_and_back():
+    cfg = Config(
+        data=DataConfig(image_size=[64, 96], flip=True), optim=OptimConfig(lr=1e-5), train=TrainConfig(batch_size=64)
+    )
+    assert from_dict(load_yaml(to_yaml(cfg))) == cfg
+    assert from_dict(yaml.safe_load(to_yaml(cfg))) == cfg
+
+
+def test_values_of_an_unknown_key_are_refused():
+    with pytest.raises(ConfigError, match=r"data\.ncc.*data\.nc\?"):
+        from_dict({"data": {"ncc": 3}})
+
+
+def test_every_field_has_a_text_for_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for key in known_keys():
+        assert f"--{key} " in text, key
+    assert "Images a step, over all ranks together" in text.replace("\n", " ")
+
+
+def test_print_config_prints_the_resolved_settings(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(["--train.batch_size", "64", "--print_config"])
+    assert ended.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["batch_size"] == 64
+
+
+@pytest.mark.parametrize(
+    ("rule", "factor"), [("none", 1.0), ("sqrt", 2.0), ("linear", 4.0)]
+)
+def test_the_learning_rate_grows_by_its_rule(rule, factor):
+    assert OptimConfig(lr=1e-4, lr_rule=rule).scaled_lr(512) == pytest.approx(1e-4 * factor)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "limit", "images", "batch", "steps"),
+    [(5, 0, 202_599, 128, 7915), (5, 1000, 202_599, 128, 8), (1, 0, 3, 128, 1), (0.5, 0, 100, 10, 5), (1, 10, 1000, 4, 3)],
+)
+def test_a_run_has_the_promised_number_of_steps(epochs, limit, images, batch, steps):
+    assert TrainConfig(num_epochs=epochs, max_images=limit, batch_size=batch).num_steps(images) == steps
+
+
+def test_settings_cannot_be_changed_afterwards():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().data.nc = 1

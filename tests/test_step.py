@@ -1,0 +1,237 @@
+"""Ours against the tutorial's algorithm, said again in 40 plain lines: equal losses, gradients, running statistics."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.config import DistributedConfig, OptimConfig
+from pipeline.distributed import wrap
+from pipeline.losses import discriminator_loss, generator_loss
+from pipeline.models import Discriminator, Generator, GroupedBatchNorm2d, initialise
+from pipeline.order import Slice
+from pipeline.step import METERS, FastStep, ReferenceStep, make_players
+from tests.ranks import run_ranks
+
+N, NZ, WIDTH, SIDE = 8, 10, 8, 32
+# Relative norm of a difference: float32 sums in another order; bf16 has 8 bits, and three steps of Adam on it.
+TOLERANCE = {"fp32": 2e-4, "bf16": 6e-2}
+
+
+def networks(seed: int = 0) -> tuple[Generator, Discriminator]:
+    random = torch.Generator().manual_seed(seed)
+    pair = Generator(NZ, WIDTH, 3, SIDE, SIDE), Discriminator(WIDTH, 3, SIDE, SIDE)
+    for network in pair:
+        initialise(network, random)
+    return pair
+
+
+def data(step: int, images: int = N) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(100 + step)
+    pixels = torch.randint(0, 256, (images, SIDE, SIDE, 3), generator=random, dtype=torch.uint8)
+    return pixels, torch.randn(images, NZ, generator=random)
+
+
+def tutorial_steps(generator: nn.Module, discriminator: nn.Module, num_steps: int) -> list[dict]:
+    """Real, fake, D's step, fake again, G's step; BCE with labels 1 and 0, in float32, channels first."""
+    adam_g, adam_d = (torch.optim.Adam(n.parameters(), lr=2e-4, betas=(0.5, 0.999)) for n in (generator, discriminator))
+    found = []
+    for step in range(num_steps):
+        pixels, latents = data(step)
+        real = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        ones, zeros = torch.ones(len(real)), torch.zeros(len(real))
+        discriminator.zero_grad()
+        output = discriminator(real)
+        loss_real = F.binary_cross_entropy_with_logits(output, ones)
+        loss_real.backward()
+        d_real = torch.sigmoid(output).mean().item()
+        fake = generator(latents)
+        output = discriminator(fake.detach())
+        loss_fake = F.binary_cross_entropy_with_logits(output, zeros)
+        loss_fake.backward()
+        before = torch.sigmoid(output).mean().item()
+        gradients_d = gradients(discriminator)
+        adam_d.step()
+        generator.zero_grad()
+        output = discriminator(fake)
+        loss_g = F.binary_cross_entropy_with_logits(output, ones)
+        loss_g.backward()
+        gradients_g = gradients(generator)
+        after = torch.sigmoid(output).mean().item()
+        adam_g.step()
+        meters = (loss_real.item() + loss_fake.item(), loss_g.item(), d_real, before, after)
+        found.append({"meters": dict(zip(METERS, meters, strict=True)), "d": gradients_d, "g": gradients_g})
+    return found
+
+
+def gradients(network: nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten().clone() for p in network.parameters()])
+
+
+def buffers(network: nn.Module) -> torch.Tensor:
+    return torch.cat([b.double().flatten() for b in network.buffers()])
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+def make_step(kind, pair, precision="fp32", joint=False, channels_last=True, half_life=0):
+    if channels_last:
+        pair = [n.to(memory_format=torch.channels_last) for n in pair]
+    cfg = OptimConfig(ema_half_life_images=half_life)
+    players = make_players(*pair, cfg, lr=cfg.lr, precision=precision)
+    step = kind(players, precision, channels_last=channels_last, ema_half_life_images=half_life, joint=joint)
+    step.caught = {}
+    for name in ("g", "d"):
+        optimizer = getattr(players, f"optimizer_{name}")
+        network = players.generator if name == "g" else players.discriminator
+        optimizer.register_step_pre_hook(
+            lambda *_, name=name, network=network: step.caught.__setitem__(name, gradients(network))
+        )
+    return step
+
+
+CASES = [
+    pytest.param(ReferenceStep, "fp32", False, True, id="reference-fp32"),
+    pytest.param(FastStep, "fp32", False, True, id="fast-fp32"),
+    pytest.param(FastStep, "fp32", False, False, id="fast-fp32-contiguous"),
+    pytest.param(FastStep, "fp32", True, True, id="fast-fp32-joint"),
+    pytest.param(FastStep, "bf16", False, True, id="fast-bf16"),
+    pytest.param(FastStep, "bf16", True, True, id="fast-bf16-joint"),
+]
+
+
+@pytest.mark.parametrize(("kind", "precision", "joint", "channels_last"), CASES)
+def test_three_steps_equal_the_tutorials(kind, precision, joint, channels_last):
+    theirs = networks()
+    expected = tutorial_steps(*theirs, num_steps=3)
+    step = make_step(kind, networks(), precision, joint, channels_last)
+    tolerance = TOLERANCE[precision]
+    for i in range(3):
+        meters = dict(zip(METERS, step(*data(i), i * N, N).tolist(), strict=True))
+        for name, value in expected[i]["meters"].items():
+            assert meters[name] == pytest.approx(value, rel=tolerance, abs=tolerance / 4), (i, name)
+        if precision == "bf16" and i > 0:
+            continue  # Adam turns the rounding of small gradients into steps of full length
+        for name in ("d", "g"):
+            assert relative(step.caught[name], expected[i][name]) < tolerance, (i, name)
+    assert relative(buffers(step.players.generator), buffers(theirs[0])) < tolerance
+    assert relative(buffers(step.players.discriminator), buffers(theirs[1])) < tolerance
+
+
+def test_fp16_takes_the_same_steps_behind_its_scalers():
+    expected = tutorial_steps(*networks(), num_steps=2)
+    step = make_step(FastStep, networks(), "fp16")
+    for i in range(2):
+        meters = dict(zip(METERS, step(*data(i), i * N, N).tolist(), strict=True))
+        assert meters == pytest.approx(expected[i]["meters"], rel=2e-2, abs=5e-3)
+    assert step.players.scaler_d.state_dict()["_growth_tracker"] == 2
+    assert step.players.scaler_g.get_scale() == step.players.scaler_d.get_scale() == 65536
+
+
+def test_an_overflow_in_fp16_skips_one_players_step_and_halves_its_scale():
+    step = make_step(FastStep, networks(), "fp16")
+    step(*data(0), 0, N)
+    step.players.scaler_d.load_state_dict(step.players.scaler_d.state_dict() | {"scale": 2.0**40})
+    before = copy.deepcopy(step.players.discriminator.state_dict())
+    step(*data(1), N, N)
+    assert step.players.scaler_d.get_scale() == 2.0**39
+    assert step.players.scaler_g.get_scale() == 65536
+    for name, p in step.players.discriminator.named_parameters():
+        assert torch.equal(p, before[name]), name
+
+
+def test_gradients_return_to_d_after_gs_half():
+    step = make_step(FastStep, networks())
+    step(*data(0), 0, N)
+    assert all(p.requires_grad and p.grad is not None for p in step.players.discriminator.parameters())
+
+
+def test_the_losses_are_the_ones_of_binary_cross_entropy_and_stay_finite_far_out():
+    logits = torch.tensor([-200.0, -3.0, 0.0, 3.0, 200.0])
+    ones, zeros = torch.ones(5), torch.zeros(5)
+    bce = F.binary_cross_entropy_with_logits
+    assert torch.allclose(generator_loss(logits), bce(logits, ones))
+    assert torch.allclose(discriminator_loss(logits, -logits), bce(logits, ones) + bce(-logits, zeros))
+    assert generator_loss(logits.bfloat16()).dtype == torch.float32
+
+
+def test_the_average_halves_an_older_generator_after_its_half_life():
+    step = make_step(FastStep, networks(), half_life=100)
+    players = step.players
+    first = {k: v.clone() for k, v in players.ema.items()}
+    with torch.no_grad():
+        for p in players.generator.parameters():
+            p.add_(1.0)
+    for _ in range(10):
+        step.average(images_seen=1_000_000, batch_size=10)
+    for name, p in players.generator.named_parameters():
+        assert torch.allclose(players.ema[name], (first[name] + p) / 2, atol=1e-6)
+    step.average(images_seen=0, batch_size=10)
+    assert all(torch.equal(players.ema[k], p) for k, p in players.generator.named_parameters())
+
+
+class OneStatisticARank(nn.Module):
+    """The oracle's BatchNorm: one process, the batch in as many groups as there are ranks, each with its statistics."""
+
+    def __init__(self, layer: GroupedBatchNorm2d, world_size: int) -> None:
+        super().__init__()
+        self.ranks = nn.ModuleList(copy.deepcopy(layer) for _ in range(world_size))
+        self.weight, self.bias = layer.weight, layer.bias
+        for one in self.ranks:
+            one.weight, one.bias = layer.weight, layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([one(part) for one, part in zip(self.ranks, x.chunk(len(self.ranks)), strict=True)])
+
+
+def one_process(world_size: int):
+    pair = networks()
+    for network in pair:
+        for i, layer in enumerate(network.layers):
+            if isinstance(layer, GroupedBatchNorm2d):
+                network.layers[i] = OneStatisticARank(layer, world_size)
+    return pair
+
+
+def ranks_equal_the_oracle(ranks, joint):
+    oracle = make_step(FastStep, one_process(ranks.world_size))
+    step = make_step(FastStep, networks(), joint=joint)
+    for name in ("generator", "discriminator"):
+        step.players.parallel[name] = wrap(getattr(step.players, name), ranks, DistributedConfig(bucket_cap_mb=0.01))
+    shard = Slice(N, ranks.rank, ranks.world_size)
+    for i in range(3):
+        pixels, latents = data(i)
+        expected = oracle(pixels, latents, i * N, N)
+        mine = slice(shard.rank * shard.per_rank, (shard.rank + 1) * shard.per_rank)
+        meters = step(pixels[mine], latents[mine], i * N, N)
+        torch.distributed.all_reduce(meters)
+        assert torch.allclose(meters / ranks.world_size, expected, rtol=1e-4, atol=1e-5), (i, meters, expected)
+        for name in ("d", "g"):
+            assert relative(step.caught[name], oracle.caught[name]) < 2e-4, (i, name)
+    # Statistics: this rank's are the oracle's group of the same number.
+    for network in ("generator", "discriminator"):
+        mine_layers = [m for m in getattr(step.players, network).layers if isinstance(m, GroupedBatchNorm2d)]
+        their_layers = [m for m in getattr(oracle.players, network).layers if isinstance(m, OneStatisticARank)]
+        for mine_layer, theirs in zip(mine_layers, their_layers, strict=True):
+            group = theirs.ranks[ranks.rank]
+            assert torch.allclose(mine_layer.running_mean, group.running_mean, rtol=1e-3, atol=1e-5)
+            assert torch.allclose(mine_layer.running_var, group.running_var, rtol=1e-3, atol=1e-5)
+    # Weights: equal over the ranks to the bit.
+    for network in (step.players.generator, step.players.discriminator):
+        flat = torch.cat([p.detach().flatten() for p in network.parameters()])
+        first = flat.clone()
+        torch.distributed.broadcast(first, 0)
+        assert torch.equal(flat, first)
+
+
+def both_arrangements_equal_the_oracle(ranks):
+    ranks_equal_the_oracle(ranks, joint=False)
+    ranks_equal_the_oracle(ranks, joint=True)
+
+
+def test_two_ranks_equal_one_process_with_two_groups_of_statistics():
+    run_ranks(both_arrangements_equal_the_oracle, 2)
