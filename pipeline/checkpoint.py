@@ -153,8 +153,8 @@ def write(run: Path, state: State, config_yaml: str, manifest: dict[str, Any]) -
     aside = final.with_name(f".{final.name}.partial")
     buffer = io.BytesIO()
     torch.save(state, buffer)  # into memory first: on a full disk torch.save raises an obscure RuntimeError
-    files = {"state.pt": buffer.getbuffer(), "config.yaml": config_yaml.encode()}
-    sums = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()}
+    files: dict[str, bytes | memoryview] = {"state.pt": buffer.getbuffer(), "config.yaml": config_yaml.encode()}
+    sums = {k: {"sha256": hashlib.sha256(v).hexdigest(), "bytes": memoryview(v).nbytes} for k, v in files.items()}
     text = json.dumps({"format": FORMAT, **manifest, "files": sums}, indent=1)
     try:
         shutil.rmtree(aside, ignore_errors=True)

@@ -305,7 +305,7 @@ def known_keys(cls: type = Config, prefix: str = "") -> Iterator[str]:
 
 
 def did_you_mean(key: str) -> str:
-    """"; did you mean data.nc?" where a known key is near, else nothing."""
+    """ "; did you mean data.nc?" where a known key is near, else nothing."""
     keys = list(known_keys())
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     if not close:  # a key without its section, or under another one

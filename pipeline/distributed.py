@@ -179,12 +179,12 @@ def wrap(network: nn.Module, ranks: Ranks, cfg: DistributedConfig) -> nn.Module:
     )
 
 
-def synchronise_batchnorm(network: nn.Module, ranks: Ranks) -> nn.Module:
-    """The network with BatchNorm statistics over all ranks.
+def synchronise_batchnorm(network: nn.Module, ranks: Ranks) -> None:
+    """Exchange the network's BatchNorm layers for ones with statistics over all ranks.
 
     Raises:
         ConfigError: the ranks have no GPU; torch's SyncBatchNorm refuses the CPU.
     """
     if ranks.device.type != "cuda":
         raise ConfigError("distributed.sync_batchnorm must be false on a CPU, got True")
-    return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    nn.SyncBatchNorm.convert_sync_batchnorm(network)  # in place, since the network itself is no BatchNorm

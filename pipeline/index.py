@@ -161,7 +161,7 @@ def check_full(dataset: Dataset) -> tuple[tuple[str, str], ...]:
         with large if height * width > LARGE_PIXELS else contextlib.nullcontext():
             try:
                 data = dataset.read(i).tobytes()
-                with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "MPO")) as opened:
+                with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as opened:
                     opened.load()
                 if data.startswith(PNG_SIGNATURE):
                     check_png_content(data)

@@ -127,10 +127,10 @@ class Log:
         self.path = run / "stats.jsonl"
         self.resumed_at = progress.images_seen
         keep_lines_up_to(self.path, progress.images_seen)
-        self.board = SummaryWriter(  # type: ignore[no-untyped-call]
+        self.board = SummaryWriter(
             str(run / "tensorboard"), purge_step=progress.images_seen + 1 if progress.images_seen else None
         )
-        self.board.add_custom_scalars(_CHARTS)  # type: ignore[no-untyped-call]
+        self.board.add_custom_scalars(_CHARTS)
         self.bar: tqdm[Any] | None = None
         if self.stream.isatty():
             self.bar = tqdm(
@@ -161,8 +161,8 @@ class Log:
             file.write(json.dumps(finite) + "\n")
         for key, tag in _TAGS.items():
             if key in row:
-                self.board.add_scalar(tag, row[key], row["images_seen"])  # type: ignore[no-untyped-call]
-        self.board.flush()  # type: ignore[no-untyped-call]
+                self.board.add_scalar(tag, row[key], row["images_seen"])
+        self.board.flush()
         short = (
             f"Loss_D {row['loss_d']:.3f}  Loss_G {row['loss_g']:.3f}  D(x) {row['d_real']:.2f}"
             f"  D(G(z)) {row['d_fake_before']:.2f}/{row['d_fake_after']:.2f}"
@@ -180,11 +180,11 @@ class Log:
 
     def picture(self, tag: str, picture: Image.Image, images_seen: int) -> None:
         """Show a picture in TensorBoard."""
-        self.board.add_image(tag, pil_to_tensor(picture), images_seen)  # type: ignore[no-untyped-call]
-        self.board.flush()  # type: ignore[no-untyped-call]
+        self.board.add_image(tag, pil_to_tensor(picture), images_seen)
+        self.board.flush()
 
     def close(self) -> None:
         """End the bar and the event file."""
         if self.bar is not None:
             self.bar.close()
-        self.board.close()  # type: ignore[no-untyped-call]
+        self.board.close()

@@ -75,16 +75,18 @@ def build_networks(cfg: Config, device: torch.device) -> tuple[Generator, Discri
         initialise(network, random)
         network.to(device=device)
         if cfg.train.channels_last:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last)
     return generator, discriminator
 
 
 def build_step(cfg: Config, plan: Plan, ranks: Ranks) -> Step:
     """The networks under their optimisers, wrapped for many ranks, in the arrangement of the plan."""
-    networks = list(build_networks(cfg, ranks.device))
+    generator, discriminator = build_networks(cfg, ranks.device)
     if cfg.distributed.sync_batchnorm:
-        networks = [distributed.synchronise_batchnorm(n, ranks) for n in networks]  # type: ignore[misc]
-    players = make_players(*networks, cfg.optim, lr=cfg.optim.scaled_lr(cfg.train.batch_size), precision=plan.precision)
+        distributed.synchronise_batchnorm(generator, ranks)
+        distributed.synchronise_batchnorm(discriminator, ranks)
+    lr = cfg.optim.scaled_lr(cfg.train.batch_size)
+    players = make_players(generator, discriminator, cfg.optim, lr=lr, precision=plan.precision)
     kind = ReferenceStep if plan.mode == "reference" else FastStep
     return kind(
         players,

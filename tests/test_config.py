@@ -143,16 +143,20 @@ def test_print_config_prints_the_resolved_settings(capsys):
     assert yaml.safe_load(capsys.readouterr().out)["train"]["batch_size"] == 64
 
 
-@pytest.mark.parametrize(
-    ("rule", "factor"), [("none", 1.0), ("sqrt", 2.0), ("linear", 4.0)]
-)
+@pytest.mark.parametrize(("rule", "factor"), [("none", 1.0), ("sqrt", 2.0), ("linear", 4.0)])
 def test_the_learning_rate_grows_by_its_rule(rule, factor):
     assert OptimConfig(lr=1e-4, lr_rule=rule).scaled_lr(512) == pytest.approx(1e-4 * factor)
 
 
 @pytest.mark.parametrize(
     ("epochs", "limit", "images", "batch", "steps"),
-    [(5, 0, 202_599, 128, 7915), (5, 1000, 202_599, 128, 8), (1, 0, 3, 128, 1), (0.5, 0, 100, 10, 5), (1, 10, 1000, 4, 3)],
+    [
+        (5, 0, 202_599, 128, 7915),
+        (5, 1000, 202_599, 128, 8),
+        (1, 0, 3, 128, 1),
+        (0.5, 0, 100, 10, 5),
+        (1, 10, 1000, 4, 3),
+    ],
 )
 def test_a_run_has_the_promised_number_of_steps(epochs, limit, images, batch, steps):
     assert TrainConfig(num_epochs=epochs, max_images=limit, batch_size=batch).num_steps(images) == steps

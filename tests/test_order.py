@@ -17,7 +17,9 @@ def test_position_alone_decides():
     walked = Order(seed=1, num_images=10)
     everything = walked.items(np.arange(1000))
     for start in (990, 0, 503):  # backwards too: no state is carried along
-        assert np.array_equal(Order(seed=1, num_images=10).items(np.arange(start, start + 7)), everything[start : start + 7])
+        assert np.array_equal(
+            Order(seed=1, num_images=10).items(np.arange(start, start + 7)), everything[start : start + 7]
+        )
         assert np.array_equal(walked.items(np.arange(start, start + 7)), everything[start : start + 7])
 
 

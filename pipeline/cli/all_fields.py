@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import textwrap
 
 import yaml
@@ -18,7 +19,7 @@ def field_texts(cls: type) -> dict[str, str]:
     body = ast.parse(inspect.getsource(config)).body
     fields = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == cls.__name__).body
     texts = {}
-    for field, text in zip(fields, fields[1:], strict=False):
+    for field, text in itertools.pairwise(fields):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             assert isinstance(field.target, ast.Name)
             texts[field.target.id] = str(text.value.value)
@@ -35,7 +36,7 @@ def describe(cls: type, indent: str = "") -> str:
         if isinstance(factory, type) and dataclasses.is_dataclass(factory):
             lines += [f"{indent}{field.name}:", describe(factory, indent + "  ")]
         else:
-            value = field.default if factory is dataclasses.MISSING else factory()  # type: ignore[misc]
+            value = field.default if factory is dataclasses.MISSING else factory()
             lines.append(indent + yaml.safe_dump({field.name: value}, default_flow_style=False).strip())
     return "\n".join(lines)
 

@@ -1,0 +1,218 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from pipeline import checkpoint as checkpoints
+from pipeline.cli.options import to_yaml
+from pipeline.config import Config, DataConfig, ModelConfig, OptimConfig
+from pipeline.errors import StorageError
+from pipeline.models import Discriminator, Generator
+from pipeline.step import FastStep, make_players
+
+CFG = Config(data=DataConfig(image_size=16), model=ModelConfig(nz=4, ngf=2, ndf=2))
+
+
+def make_players_(lr=2e-4, precision="fp32", seed=0):
+    torch.manual_seed(seed)
+    pair = Generator(4, 2, 3, 16, 16), Discriminator(2, 3, 16, 16)
+    return make_players(*pair, OptimConfig(), lr=lr, precision=precision)
+
+
+def train_some(players, steps=2, precision="fp32"):
+    step = FastStep(players, precision, channels_last=False, ema_half_life_images=100)
+    random = torch.Generator().manual_seed(steps)
+    for _ in range(steps):
+        images = torch.randint(0, 256, (4, 16, 16, 3), generator=random, dtype=torch.uint8)
+        step(images, torch.randn(4, 4, generator=random), 1000, 4)
+
+
+def snapshot(players):
+    return checkpoints.snapshot(players, [checkpoints.buffers_of(players)])
+
+
+def write(run, players, images_seen):
+    return checkpoints.write(
+        run, snapshot(players), to_yaml(CFG), {"images_seen": images_seen, "identity": {}, "layout": {}}
+    )
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys() if isinstance(one, dict) else True
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_everything_comes_back_to_the_bit_and_training_goes_on_the_same(tmp_path, precision):
+    players = make_players_(precision=precision)
+    train_some(players, 3, precision)
+    write(tmp_path, players, 12)
+    other = make_players_(precision=precision, seed=1)
+    checkpoints.restore(other, checkpoints.load(checkpoints.newest(tmp_path)), 0, 1)
+    assert_same(snapshot(other), snapshot(players))
+    train_some(players, 2, precision)
+    train_some(other, 2, precision)
+    assert_same(snapshot(other), snapshot(players))
+
+
+def test_a_snapshot_is_not_touched_by_the_training_that_follows():
+    players = make_players_()
+    train_some(players)
+    state = snapshot(players)
+    weights = state["generator"]["layers.0.weight"].clone()
+    moments = state["optimizer_g"]["state"][0]["exp_avg"].clone()
+    train_some(players)
+    assert torch.equal(state["generator"]["layers.0.weight"], weights)
+    assert torch.equal(state["optimizer_g"]["state"][0]["exp_avg"], moments)
+
+
+def test_a_changed_learning_rate_stays_changed_on_resume():
+    old, new = make_players_(lr=1e-3), make_players_(lr=1e-5)
+    train_some(old)
+    checkpoints.restore(new, snapshot(old), 0, 1)
+    assert new.optimizer_g.param_groups[0]["lr"] == new.optimizer_d.param_groups[0]["lr"] == 1e-5
+    assert new.optimizer_g.state_dict()["state"][0]["step"] == 2
+
+
+def test_each_rank_gets_its_own_statistics_and_another_world_size_their_mean():
+    players = make_players_()
+    buffers = checkpoints.buffers_of(players)
+    state = checkpoints.snapshot(players, [buffers, buffers + 2])
+    for rank, expected in ((0, buffers), (1, buffers + 2)):
+        checkpoints.restore(players, state, rank, 2)
+        assert torch.equal(checkpoints.buffers_of(players), expected)
+    checkpoints.restore(players, state, 0, 1)
+    assert torch.equal(checkpoints.buffers_of(players), buffers + 1)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "bit flipped": lambda folder: flip_a_bit(folder / "state.pt"),
+    "cut short": lambda folder: (folder / "state.pt").write_bytes((folder / "state.pt").read_bytes()[:-100]),
+    "file missing": lambda folder: (folder / "state.pt").unlink(),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "manifest cut short": lambda folder: (folder / "manifest.json").write_text('{"images_seen": 20, "fil'),
+    "manifest of something else": lambda folder: (folder / "manifest.json").write_text("[1, 2]"),
+    "config changed": lambda folder: (folder / "config.yaml").write_text("data: {}"),
+    "another format": lambda folder: (folder / "manifest.json").write_text(
+        json.dumps(json.loads((folder / "manifest.json").read_text()) | {"format": 99})
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_the_loader_walks_back_over_a_damaged_checkpoint_and_says_so(tmp_path, damage):
+    players = make_players_()
+    write(tmp_path, players, 10)
+    damage(write(tmp_path, players, 20))
+    said = []
+    found = checkpoints.newest(tmp_path, said.append)
+    assert found.images_seen == 10
+    assert len(said) == 1
+    assert "images-000000020" in said[0]
+
+
+def test_a_partial_write_is_no_checkpoint_and_the_next_write_clears_it(tmp_path):
+    folder = write(tmp_path, make_players_(), 10)
+    partial = folder.with_name(".images-000000020.partial")
+    shutil.copytree(folder, partial)
+    assert checkpoints.newest(tmp_path).images_seen == 10
+    write(tmp_path, make_players_(), 20)
+    assert not partial.exists()
+    assert checkpoints.newest(tmp_path).images_seen == 20
+
+
+def test_a_disk_that_refuses_leaves_the_old_checkpoint_and_nothing_half_written(tmp_path, monkeypatch):
+    players = make_players_()
+    write(tmp_path, players, 10)
+
+    def full(_handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    with pytest.raises(StorageError, match="No space left on device") as caught:
+        write(tmp_path, players, 20)
+    assert caught.value.exit_code == 74
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["images-000000010"]
+
+
+def test_the_writer_keeps_the_newest_and_the_milestones(tmp_path):
+    writer = checkpoints.Writer(tmp_path, keep=2, milestone_images=[25])
+    players = make_players_()
+    for images_seen in (10, 20, 30, 40, 50, 60):
+        writer.save(snapshot(players), to_yaml(CFG), {"images_seen": images_seen, "identity": {}, "layout": {}})
+    writer.wait()
+    writer.close()
+    counts = sorted(int(p.name[7:]) for p in (tmp_path / "checkpoints").iterdir())
+    assert counts == [30, 50, 60]
+    assert writer.last == checkpoints.folder_of(tmp_path, 60)
+
+
+def test_the_writers_failure_reaches_the_training_thread(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    writer = checkpoints.Writer(tmp_path, keep=1, milestone_images=[])
+    writer.save(snapshot(make_players_()), to_yaml(CFG), {"images_seen": 10, "identity": {}, "layout": {}})
+    with pytest.raises(StorageError, match="cannot write the checkpoint"):
+        writer.wait()
+    writer.close()
+
+
+class Marker:
+    """Pickles into a call that makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path):
+    folder = write(tmp_path, make_players_(), 10)
+    torch.save({"generator": Marker(tmp_path / "ran")}, folder / "state.pt")
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        checkpoints.load(checkpoints.Checkpoint(folder, {}))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_generator_opens_from_a_run_or_a_checkpoint_folder(tmp_path):
+    players = make_players_()
+    train_some(players)
+    folder = write(tmp_path, players, 10)
+    for path in (tmp_path, folder):
+        generator, cfg, images_seen = checkpoints.open_generator(path)
+        assert (cfg, images_seen) == (CFG, 10)
+        for name, p in generator.named_parameters():
+            assert torch.equal(p, players.ema[name])
+    live, _, _ = checkpoints.open_generator(tmp_path, weights="live")
+    assert torch.equal(live.layers[0].weight, players.generator.layers[0].weight)
+
+
+@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir()], ids=["missing", "empty"])
+def test_a_path_without_a_checkpoint_is_one_line_that_names_it(tmp_path, make):
+    make(tmp_path / "run")
+    with pytest.raises(StorageError, match=str(tmp_path / "run")):
+        checkpoints.open_generator(tmp_path / "run")
+
+
+def test_weights_of_another_width_are_refused(tmp_path):
+    state = snapshot(make_players_())
+    torch.manual_seed(0)
+    wider = make_players(Generator(4, 3, 3, 16, 16), Discriminator(3, 3, 16, 16), OptimConfig(), lr=1, precision="fp32")
+    with pytest.raises(StorageError, match="do not fit this model"):
+        checkpoints.restore_weights(wider, state)
