@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import faces
+from pipeline import face_set, faces
 from pipeline.config import ConfigError
 from pipeline.drawing import distance
-from pipeline.faces import Face, draw_face, sample_face, write_faces
+from pipeline.face_set import write_faces
+from pipeline.faces import Face, draw_face, sample_face
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_worker_processes_write_the_same_bytes(tmp_path: Path) -> None:
     script.write_text(
         "import sys\n"
         f"sys.path.insert(0, {str(Path(faces.__file__).parents[1])!r})\n"
-        "from pipeline.faces import write_faces\n"
+        "from pipeline.face_set import write_faces\n"
         "if __name__ == '__main__':\n"
         "    write_faces('two', 40, workers=2)\n"
         "    assert 'torch' not in sys.modules\n"
@@ -144,7 +145,7 @@ def test_worker_processes_write_the_same_bytes(tmp_path: Path) -> None:
 def test_a_complete_set_of_the_same_recipe_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_faces(tmp_path / "set", 3, workers=1)
     (tmp_path / "set" / "index.json").write_text("{}")  # files beside the pictures do no harm
-    monkeypatch.setattr(faces, "_write_face", lambda *_: pytest.fail("a face was drawn"))
+    monkeypatch.setattr(face_set, "_write_face", lambda *_: pytest.fail("a face was drawn"))
     write_faces(tmp_path / "set", 3, workers=1)
 
 
@@ -188,23 +189,23 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_set_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = faces._write_face
+    write = face_set._write_face
 
     def stop_at_two(folder: Path, seed: int, quality: tuple[int, int], number: int) -> None:
         if number == 2:
             raise KeyboardInterrupt
         write(folder, seed, quality, number)
 
-    monkeypatch.setattr(faces, "_write_face", stop_at_two)
+    monkeypatch.setattr(face_set, "_write_face", stop_at_two)
     with pytest.raises(KeyboardInterrupt):
         write_faces(tmp_path / "set", 4, workers=1)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_set_that_another_process_finished_first_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    holds, answers = faces._holds, iter([False])
+    holds, answers = face_set._holds, iter([False])
     write_faces(tmp_path / "set", 2, workers=1)
-    monkeypatch.setattr(faces, "_holds", lambda *arguments: next(answers, None) is not False and holds(*arguments))
+    monkeypatch.setattr(face_set, "_holds", lambda *arguments: next(answers, None) is not False and holds(*arguments))
     write_faces(tmp_path / "set", 2, workers=1)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from pipeline.faces import write_faces
+from pipeline.face_set import write_faces
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, IMAGES = 8, 40

@@ -80,7 +80,7 @@ def _parser() -> Parser:
 
 
 def _faces(arguments: argparse.Namespace) -> None:
-    from pipeline.faces import write_faces
+    from pipeline.face_set import write_faces
 
     write_faces(arguments.out, arguments.count, arguments.seed)
     print(f"{shown(arguments.out)}: {arguments.count} faces of seed {arguments.seed}")

@@ -1,0 +1,65 @@
+"""The arrow launch, benchmarks, tests -> pipeline -> kernels -> torch, and that the names are ours."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {"kernels": set(), "pipeline": {"kernels"}, "benchmarks": {"pipeline", "kernels"}, "launch": {"pipeline"}}
+OURS = {"kernels", "pipeline", "benchmarks", "launch", "tests"}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module}
+    return found
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_imports_point_one_way(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        first = {name.split(".")[0] for name in imports(path)} & OURS
+        assert first <= MAY_IMPORT[folder] | {folder}, path
+
+
+def test_config_imports_nothing_of_ours():
+    assert not {name.split(".")[0] for name in imports(ROOT / "pipeline/config.py")} & OURS
+
+
+def test_only_the_commands_import_the_commands():
+    for path in (ROOT / "pipeline").glob("*.py"):
+        assert not any(name.startswith("pipeline.cli") for name in imports(path)), path
+
+
+def test_launch_scripts_are_thin_and_bear_no_standard_name():
+    for path in (ROOT / "launch").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 30, path
+        assert path.stem not in sys.stdlib_module_names
+
+
+def test_kernels_is_ours_even_beside_a_vendors(tmp_path):
+    """A package of that name exists on PyPI; the launch scripts put the clone first."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("raise ImportError('not ours')")
+    probe = "import runpy\n"
+    probe += f"runpy.run_path({str(ROOT / 'launch/train.py')!r}); import kernels; print(kernels.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", probe], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout.strip() == str(ROOT / "kernels/__init__.py"), done.stderr
+
+
+def test_no_file_is_too_long():
+    for folder in ("pipeline", "kernels", "launch", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            lines = [
+                line for line in path.read_text().splitlines() if line.strip() and not line.strip().startswith("#")
+            ]
+            assert len(lines) <= 400, (path, len(lines))
