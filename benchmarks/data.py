@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pipeline  # isort: skip  # noqa: F401  before torch, whose idle threads it sets
 import numpy as np
 import torch
 from PIL import Image
@@ -130,9 +131,9 @@ def plain_dali(
         images = fn.resize(images, resize_shorter=min(size))
         return fn.crop(images, crop=size)
 
-    pipeline = graph()
-    pipeline.build()
-    yield lambda: pipeline.run()[0].as_tensor()
+    built = graph()
+    built.build()
+    yield lambda: built.run()[0].as_tensor()
 
 
 @contextlib.contextmanager

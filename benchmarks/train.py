@@ -12,7 +12,8 @@ What the result lines claim, by variant:
 How: all variants run in turns in one process, blocks of --steps steps, --pairs rounds, the order reversed every other
 round; a ratio is the median over the rounds with its 95 % bootstrap interval.  Both loops use all cores.  The first
 steps of each are not timed, neither is filling the cache, which happens once a dataset.  Checkpoints and pictures, due
-every 25,000 images, are left out on both sides.
+every 25,000 images, are left out on both sides.  On a GPU the tutorial's convolutions use TF32, as PyTorch is set by
+default; trainer-fp32 does not.
 `peak_gib` is the most memory that launch/train.py with these settings held, measured on a short run of its own from
 start to report; `peak_gpu_gib` is what torch allocated on its GPU.  `data_wait_percent` is the share of the timed
 blocks in which the loop waited for a batch.
@@ -36,6 +37,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import pipeline  # isort: skip  # noqa: F401  before torch, whose idle threads it sets
 import torch
 
 from benchmarks import harness
@@ -308,6 +310,7 @@ def facts_of(arm: Arm, cfg: Config, dataset: Dataset) -> dict[str, Any]:
         "ngf": cfg.model.ngf,
         "ndf": cfg.model.ndf,
         "threads": torch.get_num_threads(),
+        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
         "data": Path(cfg.data.dataroot).name,
         "num_images": len(dataset),
     }

@@ -81,6 +81,16 @@ class Meters:
         self.sums += measured
         self.steps += 1
 
+    def state(self) -> dict[str, Any]:
+        """What has been added since the last read, so that a resumed run logs the same means."""
+        return {"sums": self.sums.cpu(), "steps": self.steps}
+
+    def restore(self, states: list[dict[str, Any]], rank: int) -> None:
+        """Put back the state of every rank; at another world size each rank gets the mean."""
+        same = len(states) == self.world_size
+        self.sums.copy_(states[rank]["sums"] if same else torch.stack([s["sums"] for s in states]).mean(0))
+        self.steps = int(states[0]["steps"])
+
     def read(self) -> dict[str, float]:
         """Means over the steps since the last read and over all ranks; a collective call."""
         sums = self.sums.clone()

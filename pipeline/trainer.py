@@ -154,8 +154,9 @@ class Run:
             decoder=plan.decoder,
             device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu",
         )
-        distributed.together(lambda: self._restore(step.players, found))
-        wrap_players(step.players, ranks, cfg)
+        wrap_players(step.players, ranks, cfg)  # gives every rank the statistics of rank 0, so it comes first
+        meters = Meters(ranks.device, ranks.world_size)
+        distributed.together(lambda: self._restore(step.players, meters, found))
         cached = self._build_cache(dataset, plan, threads)
 
         def feed_from(start: int, part: Slice) -> Feed:
@@ -164,7 +165,7 @@ class Run:
                 threads=threads, cached=cached,
             )  # fmt: skip
 
-        self._train(step, plan, dataset, shard, images_seen, feed_from, found)
+        self._train(step, meters, plan, dataset, shard, images_seen, feed_from, found)
 
     def _prepare_folder(self) -> None:
         self.folder.prepare()
@@ -180,11 +181,13 @@ class Run:
             resume.check_identity(self.cfg, dataset.index.fingerprint, found, self.say)
         return found
 
-    def _restore(self, players: Players, found: checkpoints.Checkpoint | None) -> None:
+    def _restore(self, players: Players, meters: Meters, found: checkpoints.Checkpoint | None) -> None:
         if found:
             for line in resume.differences(self.cfg, self.layout, found):
                 self.say(line)
-            checkpoints.restore(players, checkpoints.load(found), self.ranks.rank, self.ranks.world_size)
+            state = checkpoints.load(found)
+            checkpoints.restore(players, state, self.ranks.rank, self.ranks.world_size)
+            meters.restore(state["meters"], self.ranks.rank)
         elif self.cfg.run.init_from:
             source = checkpoints.find(Path(self.cfg.run.init_from), self.say)
             checkpoints.restore_weights(players, checkpoints.load(source))
@@ -229,6 +232,7 @@ class Run:
     def _train(
         self,
         step: Step,
+        meters: Meters,
         plan: Plan,
         dataset: Dataset,
         shard: Slice,
@@ -238,7 +242,6 @@ class Run:
     ) -> None:
         cfg, ranks = self.cfg, self.ranks
         progress = Progress(images_seen, plan.total_images, len(dataset))
-        meters = Meters(ranks.device, ranks.world_size)
         writer = checkpoints.Writer(self.folder.path, cfg.checkpoint.keep, cfg.checkpoint.milestone_images)
         elapsed_before = float(found.manifest["elapsed_s"]) if found else 0.0
         if ranks.leads:
@@ -272,7 +275,9 @@ class Run:
                     self.folder.update(images_seen=seen)
 
             def save(seen: int) -> None:
-                buffers = distributed.gather(checkpoints.buffers_of(step.players))
+                buffers, partial = zip(
+                    *distributed.gather((checkpoints.buffers_of(step.players), meters.state())), strict=True
+                )
                 if ranks.leads:
                     manifest = {
                         "images_seen": seen,
@@ -280,7 +285,8 @@ class Run:
                         "identity": resume.identity(cfg, dataset.index.fingerprint),
                         "layout": self.layout,
                     }
-                    writer.save(checkpoints.snapshot(step.players, buffers), self.config_yaml, manifest)
+                    state = checkpoints.snapshot(step.players, list(buffers)) | {"meters": list(partial)}
+                    writer.save(state, self.config_yaml, manifest)
                     self.folder.update(images_seen=seen, checkpoint=str(checkpoints.folder_of(self.folder.path, seen)))
 
             first_step = [True]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks import data, harness, plain_loop, train
 from pipeline.config import OptimConfig
-from pipeline.faces import write_faces
+from pipeline.face_set import write_faces
 from pipeline.models import Discriminator, Generator, initialise
 from pipeline.step import ReferenceStep, make_players
 
@@ -141,7 +141,8 @@ def test_the_peer_sees_every_photograph_once_an_epoch_as_the_tutorial_scales_it(
 def test_training_is_measured_beside_the_tutorials_loop(faces, tmp_path, capsys):
     words = f"--data {faces} --device cpu --batch 4 --pairs 2 --steps 1 --results {tmp_path} --precision bf16 "
     words += "--parts tutorial,trainer,bare-step,trainer-nocache,memory --data.image_size 16 --model.ngf 4 "
-    words += f"--model.ndf 4 --log.report false --log.grid_size 4 --data.cache_dir {tmp_path / 'cache'}"
+    words += "--model.ndf 4 --log.report false --log.grid_size 4 --distributed.threads 1 "
+    words += f"--data.cache_dir {tmp_path / 'cache'}"
     assert train.main(words.split()) == 0
     rows = {row["variant"]: row for row in lines_of(tmp_path / "train.jsonl")}
     assert list(rows) == ["tutorial", "trainer", "bare-step", "trainer-nocache"]
