@@ -34,7 +34,7 @@ class DataConfig:
     prefetch: int = 3
     """Batches made ready ahead of the step. At least 1."""
     image_size: int | list[int] = 64
-    """Pixels, one side or [height, width]. Each at least 8 and 2^n times a base of 4 to 7 (design: section 6)."""
+    """Pixels, one side or [height, width]. At least 8; the shorter 2^n times 4 to 7, the longer divisible by 2^n."""
     nc: int = 3
     """Channels: 1 (gray), 3 (RGB) or 4 (RGB and alpha)."""
     decoder: Literal["auto", "dali", "pillow"] = "auto"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+_CODE = ("--", ".", ":!benchmarks/results")  # a recorded line does not change what the next one measures
 _PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "triton", "tensorboard", "numpy")
 
 
@@ -60,7 +61,7 @@ def commit() -> tuple[str, bool]:
         return subprocess.run(("git", "-C", ROOT, *words), capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no", *_CODE))
     except (OSError, subprocess.CalledProcessError):
         return "unknown", True
 

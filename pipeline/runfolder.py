@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.status: dict[str, Any] = {}
+        self.ready = False
+        """Whether it exists and can be written."""
 
     def prepare(self) -> None:
         """Make the folder and prove that it can be written.
@@ -46,6 +49,9 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise StorageError(f"cannot write the run folder {self.path}: {error.strerror}") from None
+        self.ready = True
+        with contextlib.suppress(OSError, ValueError):  # absent, or cut short by a crash: it is written anew
+            self.status = dict(json.loads((self.path / "status.json").read_text()))
 
     def move_aside(self) -> Path | None:
         """Put what an earlier run left here into replaced-NNN/, and return that folder; None where there is nothing."""
@@ -58,6 +64,7 @@ class RunFolder:
         aside.mkdir()
         for path in found:
             path.rename(aside / path.name)
+        self.status = {}
         return aside
 
     def describe(self, config_yaml: str) -> None:

@@ -411,12 +411,14 @@ def outcome_in_status(run: Run) -> Iterator[None]:
     """What ends a run early is written into its status.json before it goes on its way."""
 
     def failed(reason: str, code: int) -> None:
-        if run.ranks.leads and run.folder.status:
+        if run.ranks.leads and run.folder.ready:
             run.folder.update(state="failed", reason=reason, exit_code=code)
 
     try:
         yield
-    except (ConfigError, UserError) as error:
+    except ConfigError:
+        raise  # a setting that this run refuses says nothing about the run
+    except UserError as error:
         failed(str(error), error.exit_code)
         raise
     except KeyboardInterrupt:

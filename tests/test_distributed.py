@@ -1,0 +1,156 @@
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline import distributed
+from pipeline.config import ConfigError, DataConfig, DistributedConfig
+from pipeline.distributed import Ranks
+from pipeline.errors import DataError, StorageError
+from pipeline.face_set import write_faces
+from pipeline.feed import open_feed
+from pipeline.index import open_dataset
+from pipeline.meters import Meters
+from pipeline.models import Discriminator
+from pipeline.order import Slice
+from pipeline.philox import Stream, normal
+from tests.ranks import run_ranks
+
+BATCH, STEPS = 8, 5
+
+
+def batches(cfg: DataConfig, shard: Slice) -> list[torch.Tensor]:
+    feed = open_feed(
+        cfg,
+        open_dataset(cfg),
+        seed=7,
+        shard=shard,
+        device=torch.device("cpu"),
+        images_seen=0,
+        threads=1,
+        cached=None,
+    )
+    try:
+        return [feed.next() for _ in range(STEPS)]
+    finally:
+        feed.close()
+
+
+def sees_its_part(ranks: Ranks, cfg: DataConfig) -> None:
+    """Every rank's images, put together, are the batch of a single rank; so are the latents, all different."""
+    whole = batches(cfg, Slice(BATCH))
+    shard = Slice(BATCH, ranks.rank, ranks.world_size)
+    mine = batches(cfg, shard)
+    for step in range(STEPS):
+        parts = [torch.empty_like(mine[step]) for _ in range(ranks.world_size)]
+        dist.all_gather(parts, mine[step])
+        assert torch.equal(torch.cat(parts), whole[step]), step
+        numbers = torch.from_numpy(shard.numbers(step * BATCH))
+        latents = normal(7, Stream.LATENT, numbers, 10)
+        drawn = [torch.empty_like(latents) for _ in range(ranks.world_size)]
+        dist.all_gather(drawn, latents)
+        everything = torch.cat(drawn)
+        assert torch.equal(everything, normal(7, Stream.LATENT, torch.arange(step * BATCH, (step + 1) * BATCH), 10))
+        assert len(torch.unique(everything, dim=0)) == BATCH
+
+
+def tells_the_others(ranks: Ranks) -> None:
+    """What one rank knows or suffers, all know."""
+    assert distributed.broadcast(ranks.rank + 5) == 5
+    assert distributed.gather(ranks.rank) == list(range(ranks.world_size))
+
+    def fails_on_the_last() -> int:
+        if ranks.rank == ranks.world_size - 1:
+            raise DataError("a file is bad")
+        return ranks.rank
+
+    with pytest.raises(DataError, match="a file is bad"):
+        distributed.together(fails_on_the_last)
+    assert distributed.together(lambda: ranks.rank) == ranks.rank
+
+    done = []
+    first = distributed.leader_first(ranks, lambda: done.append(ranks.rank) or ranks.rank)
+    assert first == ranks.rank
+    assert done == [ranks.rank]
+
+    meters = Meters(ranks.device, ranks.world_size)
+    for value in (1.0, 3.0):
+        meters.add(torch.full((5,), value + ranks.rank))
+    expected = 2 + (ranks.world_size - 1) / 2
+    assert meters.read()["loss_d"] == pytest.approx(expected)
+
+    network = distributed.wrap(Discriminator(2, 3, 16, 16), ranks, DistributedConfig())
+    first_weight = next(network.parameters()).detach().clone()
+    dist.broadcast(first_weight, 0)
+    assert torch.equal(first_weight, next(network.parameters()))
+    # Two forwards of a BatchNorm network before one backward, which buffer traffic would break.
+    (network(torch.randn(4, 3, 16, 16)).sum() + network(torch.randn(4, 3, 16, 16)).sum()).backward()
+    statistics = next(b for n, b in network.named_buffers() if n.endswith("running_mean")).clone()
+    theirs = distributed.gather(statistics)
+    assert not torch.equal(theirs[0], theirs[-1]), "each rank keeps its own statistics"
+
+
+def everything(ranks: Ranks, cfg: DataConfig) -> None:
+    sees_its_part(ranks, cfg)
+    tells_the_others(ranks)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_a_batch_and_what_they_know(tmp_path, world_size):
+    write_faces(tmp_path / "faces", 13, workers=1)
+    cfg = DataConfig(
+        dataroot=str(tmp_path / "faces"),
+        cache_dir=str(tmp_path / "cache"),
+        image_size=16,
+        crop_margin=3,
+        flip=True,
+        contrast=0.2,
+        decoder="pillow",
+    )
+    run_ranks(everything, world_size, cfg)
+
+
+def fails_on_rank_1(ranks: Ranks) -> None:
+    assert ranks.rank != 1, "rank 1 fails"
+
+
+def test_a_rank_that_fails_fails_the_test():
+    with pytest.raises(Exception, match="rank 1 fails"):
+        run_ranks(fails_on_rank_1, 2)
+
+
+def test_one_rank_needs_no_process_group(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    try:
+        ranks = distributed.start(DistributedConfig(threads=1))
+        assert (ranks.rank, ranks.world_size, ranks.leads) == (0, 1, True)
+        assert not dist.is_initialized()
+        assert distributed.gather("x") == ["x"]
+        distributed.barrier()
+        distributed.shorten_timeout(5)
+        with pytest.raises(StorageError):
+            distributed.together(lambda: (_ for _ in ()).throw(StorageError("disk")))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_threads_are_shared_out_whatever_torchrun_sets(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda _: set(range(8)))
+    assert distributed.num_threads(DistributedConfig(), 2) == 4
+    assert distributed.num_threads(DistributedConfig(), 16) == 1
+    assert distributed.num_threads(DistributedConfig(threads=3), 2) == 3
+
+
+def test_synchronised_statistics_are_refused_on_a_cpu():
+    with pytest.raises(ConfigError, match=r"distributed\.sync_batchnorm.*CPU"):
+        distributed.synchronise_batchnorm(Discriminator(2, 3, 16, 16), Ranks(0, 1, 0, 1, torch.device("cpu")))
+
+
+def test_two_nodes_take_different_images():
+    """Sharding goes by the global rank: the second node's first rank has local rank 0 as well."""
+    first, second = Slice(BATCH, rank=0, world_size=4), Slice(BATCH, rank=2, world_size=4)
+    assert not set(first.numbers(0)) & set(second.numbers(0))
+    assert np.array_equal(second.numbers(0), [4, 5])
