@@ -58,10 +58,10 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 
 train: $(READY)
 ifeq ($(strip $(DATA)),)
-	$(PYTHON) launch/prepare.py faces $(FACES)
-	$(LAUNCH) launch/train.py $(CONFIG) --data.dataroot $(FACES) $(ARGS)
+	$(PYTHON) launch/prepare.py faces "$(FACES)"
+	$(LAUNCH) launch/train.py $(CONFIG) --data.dataroot "$(FACES)" $(ARGS)
 else
-	$(LAUNCH) launch/train.py $(CONFIG) --data.dataroot $(DATA) $(ARGS)
+	$(LAUNCH) launch/train.py $(CONFIG) --data.dataroot "$(DATA)" $(ARGS)
 endif
 
 test: $(READY_DEV)

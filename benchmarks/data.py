@@ -104,6 +104,7 @@ def our_feed(
         device=device,
         images_seen=0,
         threads=threads,
+        decoder=decoder,
         cached=cached or None,
     )
     try:

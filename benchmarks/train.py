@@ -44,6 +44,7 @@ from benchmarks import harness
 from benchmarks.harness import Recorder, say
 from benchmarks.plain_loop import CHANNELS, PlainLoop
 from pipeline import precision
+from pipeline.assembly import Plan, build_step, make_plan
 from pipeline.cache import build_cache
 from pipeline.cli import command
 from pipeline.cli.options import parse, to_yaml
@@ -54,12 +55,11 @@ from pipeline.errors import UserError
 from pipeline.feed import open_feed
 from pipeline.index import Dataset, open_dataset
 from pipeline.loop import Maintenance, train
-from pipeline.meters import Log, Meters, Progress
+from pipeline.meters import Log, Meters, Progress, Timing
 from pipeline.order import Slice
 from pipeline.philox import Stream
 from pipeline.sampling import latents
 from pipeline.sources import FolderSource
-from pipeline.trainer import Plan, Timing, build_step, make_plan
 
 PARTS = ("trainer-fp32", "tutorial", "trainer", "bare-step", "trainer-nocache", "memory")
 """In the order of their turns: what is compared most closely stands side by side."""
@@ -103,7 +103,7 @@ class TrainerArm:
             )
         self.feed = open_feed(
             cfg.data, dataset, seed=cfg.run.seed, shard=self.shard, device=ranks.device, images_seen=0, threads=threads,
-            cached=cached,
+            decoder=self.plan.decoder, cached=cached,
         )  # fmt: skip
         folder.mkdir()
         self.meters = Meters(ranks.device, 1)

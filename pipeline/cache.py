@@ -71,10 +71,6 @@ class Cached:
     path: Path
     """The file."""
 
-    @property
-    def kind(self) -> Kind:
-        return "device" if isinstance(self.images, Tensor) else "host"
-
 
 def _decoder_name(decoder: Decoder, device: torch.device) -> str:
     """DALI on a GPU decodes with other hardware than on the CPU, to slightly other pixels."""

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,7 @@ from pipeline.models import Generator
 from pipeline.step import Players
 
 FORMAT = 1
+_NAME = re.compile(r"images-\d{9,}")
 State = dict[str, Any]
 
 
@@ -102,7 +104,8 @@ def snapshot(players: Players, rank_buffers: list[Tensor]) -> State:
 def restore(players: Players, state: State, rank: int, world_size: int) -> None:
     """Put a snapshot back.  At another world size every rank gets the mean of the statistics.
 
-    The learning rate stays the one the optimisers were built with: it may change on resume.
+    The learning rate stays the one the optimisers were built with: it may change on resume, and so may the memory
+    format.  Adam's moments then take that of their parameter, since its fused kernel walks both as flat memory.
     """
     restore_weights(players, state)
     for optimizer, name in ((players.optimizer_g, "optimizer_g"), (players.optimizer_d, "optimizer_d")):
@@ -110,6 +113,9 @@ def restore(players: Players, state: State, rank: int, world_size: int) -> None:
         optimizer.load_state_dict(state[name])
         for group, kept in zip(optimizer.param_groups, settings, strict=True):
             group.update(kept)
+        for parameter, moments in optimizer.state.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                moments[key] = torch.empty_like(parameter).copy_(moments[key])
     for scaler, name in ((players.scaler_g, "scaler_g"), (players.scaler_d, "scaler_d")):
         if state[name] and scaler.is_enabled():
             scaler.load_state_dict(state[name])
@@ -191,6 +197,8 @@ def verify(folder: Path) -> Checkpoint:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != expected["sha256"]:
                 raise StorageError(f"{folder / name} does not match its manifest")
+        if _NAME.fullmatch(folder.name) and count_of(folder) != manifest["images_seen"]:
+            raise StorageError(f"{folder / 'manifest.json'} speaks of {manifest['images_seen']} images")
     except OSError as error:
         raise StorageError(f"{error.filename}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
@@ -198,9 +206,35 @@ def verify(folder: Path) -> Checkpoint:
     return Checkpoint(folder, manifest)
 
 
+def count_of(folder: Path) -> int:
+    """Images seen, from a checkpoint folder's name."""
+    return int(folder.name.removeprefix("images-"))
+
+
 def _folders(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("images-*") if p.is_dir())
+    """Checkpoint folders of a run, oldest first; by number, since names stop sorting at 10^9 images."""
+    found = (p for p in (run / "checkpoints").glob("images-*") if _NAME.fullmatch(p.name) and p.is_dir())
+    return sorted(found, key=count_of)
+
+
+def set_aside_after(run: Path, images_seen: int) -> list[Path]:
+    """Rename the checkpoints of more images to images-NNNNNNNNN.abandoned, and return the new names.
+
+    A run that goes on from an earlier one would otherwise count damaged and abandoned ones among the newest.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    aside = []
+    for folder in _folders(run):
+        if count_of(folder) > images_seen:
+            target = folder.with_name(f"{folder.name}.abandoned")
+            try:
+                shutil.rmtree(target, ignore_errors=True)
+                aside.append(folder.rename(target))
+            except OSError as error:
+                raise StorageError(f"cannot rename the checkpoint {folder}: {error.strerror}") from None
+    return aside
 
 
 def newest(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
@@ -214,8 +248,16 @@ def newest(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
 
 
 def load(checkpoint: Checkpoint) -> State:
-    """A checkpoint's state, on the CPU; no code in it can run."""
-    state: State = torch.load(checkpoint.folder / "state.pt", map_location="cpu", weights_only=True)
+    """A checkpoint's state, on the CPU; no code in it can run.
+
+    Raises:
+        StorageError: this machine does not see the folder.
+    """
+    try:
+        state: State = torch.load(checkpoint.folder / "state.pt", map_location="cpu", weights_only=True)
+    except OSError as error:
+        reason = f"{error.strerror}; run.dir must be on a disk that every machine of the run sees"
+        raise StorageError(f"cannot read the checkpoint {checkpoint.folder}: {reason}") from None
     return state
 
 
@@ -282,13 +324,16 @@ class Writer:
     def _prune(self) -> None:
         """Remove all but the newest `keep` and, of each milestone, the first checkpoint that reached it."""
         folders = _folders(self.run)
-        counts = [int(p.name.removeprefix("images-")) for p in folders]
+        counts = [count_of(p) for p in folders]
         stays = set(counts[-self.keep :])
         for milestone in self.milestone_images:
             stays |= set([c for c in counts if c >= milestone][:1])
         for folder, count in zip(folders, counts, strict=True):
             if count not in stays:
-                shutil.rmtree(folder)
+                try:
+                    shutil.rmtree(folder)
+                except OSError as error:
+                    raise StorageError(f"cannot remove the old checkpoint {folder}: {error.strerror}") from None
 
     def wait(self) -> None:
         """Return once nothing is being written.

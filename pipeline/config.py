@@ -18,6 +18,8 @@ class ConfigError(ValueError):
     """A setting that cannot work: one line with the key, the rule and what was found.  Ends the program with 2."""
 
     exit_code = 2
+    shared = False
+    """Whether every rank raises it, so that one of them tells it."""
 
 
 def _require(holds: bool, key: str, rule: str, found: object) -> None:
@@ -239,7 +241,7 @@ class LogConfig:
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     dir: str = ""
-    """Folder of everything the run writes; empty: runs/<name of the config file>."""
+    """Folder of everything the run writes, on a disk that all its machines see; empty: runs/<name of the config>."""
     seed: int = 999
     """Origin of weights, order, augmentation and latents. 0 to 2^63 - 1."""
     resume: str = "auto"
@@ -267,7 +269,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     """How long, how much at a time."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the convolutions; auto: bf16 where the hardware has it, else fp32. Weights stay float32."""
+    """Arithmetic of the convolutions; auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """Many ranks."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -96,12 +96,6 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def barrier() -> None:
-    """Wait until every rank is here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def shorten_timeout(seconds: int) -> None:
     """From the first step on a missing rank is noticed sooner."""
     if not dist.is_initialized():
@@ -143,6 +137,7 @@ def together(action: Callable[[], T]) -> T:
         error = caught
     first = next((e for e in gather(error) if e is not None), None)
     if first is not None:
+        first.shared = True
         raise first
     return result
 

@@ -11,12 +11,18 @@ class UserError(Exception):
     """Base of the errors that end a command with one line instead of a traceback."""
 
     exit_code = 1
+    shared = False
+    """Whether every rank raises it, so that one of them tells it."""
 
 
 class DataError(UserError):
     """The photographs: missing, empty, unreadable, not the ones of the checkpoint."""
 
     exit_code = 65
+
+
+class OtherDataError(DataError):
+    """Photographs that are not those of the checkpoint: the run refuses them and stays as it was."""
 
 
 class StorageError(UserError):

@@ -21,7 +21,7 @@ from pipeline import augment
 from pipeline.augment import Parameters
 from pipeline.cache import Cached
 from pipeline.config import DataConfig
-from pipeline.decode import Pixels, choose_decoder, window_shape
+from pipeline.decode import Decoder, Pixels, window_shape
 from pipeline.decode.pillow import PillowDecoder
 from pipeline.index import Dataset
 from pipeline.order import Order, Slice
@@ -166,6 +166,7 @@ def open_feed(
     device: torch.device,
     images_seen: int,
     threads: int,
+    decoder: Decoder,
     cached: Cached | None,
 ) -> Feed:
     """A feed whose first batch is that of the step after images_seen images.
@@ -194,7 +195,7 @@ def open_feed(
         gathered = _gathered(cfg, pixels, wanted)
         return BackgroundFeed(_pinned(gathered, device) if on_gpu else gathered, cfg.prefetch, send)
 
-    if choose_decoder(cfg)[0] == "dali":
+    if decoder == "dali":
         from pipeline.decode.dali import DaliDecoder, GpuHandOver
 
         dali = DaliDecoder(cfg, dataset, device=device, threads=threads, max_batch=shard.per_rank)

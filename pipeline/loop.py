@@ -26,8 +26,6 @@ class Maintenance:
     """Due whenever images_seen passes a multiple of this; 0: only at the end."""
     action: Callable[[int], None]
     """Called with images_seen."""
-    at_start: bool = False
-    """Also before the first step of a new run."""
 
     def due(self, before: int, now: int, last: bool) -> bool:
         return last or (self.every_images > 0 and now // self.every_images > before // self.every_images)
@@ -56,10 +54,6 @@ def train(
         images_seen at the end.
     """
     total = num_steps * shard.batch_size
-    if images_seen == 0:
-        for entry in maintenance:
-            if entry.at_start:
-                entry.action(0)
     while images_seen < total:
         images = feed.next()
         numbers = torch.from_numpy(shard.numbers(images_seen)).to(images.device, non_blocking=True)

@@ -22,6 +22,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
+from pipeline.errors import StorageError
+from pipeline.feed import Feed
 from pipeline.step import METERS
 
 _TAGS = {
@@ -65,6 +67,10 @@ def measured_peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
         start = time.perf_counter()
         (a @ a).sum().item()  # waits for the device
         best = min(best, time.perf_counter() - start)
+    if device.type == "cuda":
+        del a
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     return 2 * side**3 / best / 1e12
 
 
@@ -83,7 +89,7 @@ class Meters:
 
     def state(self) -> dict[str, Any]:
         """What has been added since the last read, so that a resumed run logs the same means."""
-        return {"sums": self.sums.cpu(), "steps": self.steps}
+        return {"sums": self.sums.to("cpu", copy=True), "steps": self.steps}
 
     def restore(self, states: list[dict[str, Any]], rank: int) -> None:
         """Put back the state of every rank; at another world size each rank gets the mean."""
@@ -100,6 +106,32 @@ class Meters:
         self.sums.zero_()
         self.steps = 0
         return dict(zip(METERS, means, strict=True))
+
+
+class Timing:
+    """Images a second and the share of the time that the step waited for data, between two log lines."""
+
+    def __init__(self, feed: Feed, elapsed_before: float) -> None:
+        self.feed, self.elapsed_before = feed, elapsed_before
+        self.started = self.last = time.perf_counter()
+        self.waited = feed.wait_s
+
+    def elapsed_s(self) -> float:
+        """Seconds of training, earlier parts of a resumed run included."""
+        return self.elapsed_before + time.perf_counter() - self.started
+
+    def read(self, images: int, world_size: int) -> dict[str, float]:
+        """Rates since the last call, for that many global images."""
+        now, waited = time.perf_counter(), self.feed.wait_s
+        seconds = max(now - self.last, 1e-9)
+        rates = {
+            "images_per_s": images / seconds,
+            "images_per_s_rank": images / world_size / seconds,
+            "data_wait_percent": 100 * (waited - self.waited) / seconds,
+            "elapsed_s": self.elapsed_s(),
+        }
+        self.last, self.waited = now, waited
+        return rates
 
 
 def keep_lines_up_to(path: Path, images_seen: int) -> None:
@@ -137,8 +169,11 @@ class Log:
         self.path = run / "stats.jsonl"
         self.resumed_at = progress.images_seen
         keep_lines_up_to(self.path, progress.images_seen)
+        # What an earlier start wrote after this point is taken back; without one there is nothing to take back.
+        again = (run / "tensorboard").exists()
         self.board = SummaryWriter(
-            str(run / "tensorboard"), purge_step=progress.images_seen + 1 if progress.images_seen else None
+            str(run / "tensorboard"),
+            purge_step=progress.images_seen + bool(progress.images_seen) if again else None,
         )
         self.board.add_custom_scalars(_CHARTS)
         self.bar: tqdm[Any] | None = None
@@ -167,8 +202,11 @@ class Log:
     def write(self, row: dict[str, Any], progress: Progress) -> None:
         """One line of stats.jsonl, one point of each curve, and for a person the same in short."""
         finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in row.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(finite) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(finite) + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot write {self.path}: {error.strerror}") from None
         for key, tag in _TAGS.items():
             if key in row:
                 self.board.add_scalar(tag, row[key], row["images_seen"])

@@ -51,19 +51,12 @@ class Generator(nn.Module):
         widths = [ngf * min(8, 1 << (n - 1 - i)) for i in range(n)]
         layers: list[nn.Module] = [nn.ConvTranspose2d(nz, widths[0], (height >> n, width >> n), bias=False)]
         for inner, outer in zip(widths, [*widths[1:], nc], strict=True):
-            layers += [GroupedBatchNorm2d(inner), nn.ReLU(inplace=True)]
+            layers += [nn.BatchNorm2d(inner), nn.ReLU(inplace=True)]
             layers += [nn.ConvTranspose2d(inner, outer, 4, stride=2, padding=1, bias=False)]
         self.layers = nn.Sequential(*layers)
-        self.nz = nz
 
-    def forward(self, latents: Tensor, num_groups: int = 1) -> Tensor:
-        x = latents[:, :, None, None]
-        x = x.contiguous(memory_format=torch.channels_last)
-        for layer in self.layers:
-            if isinstance(layer, GroupedBatchNorm2d):
-                layer.num_groups = num_groups
-            x = layer(x)
-        return torch.tanh(x)
+    def forward(self, latents: Tensor) -> Tensor:
+        return torch.tanh(self.layers(latents[:, :, None, None]))
 
 
 class Discriminator(nn.Module):

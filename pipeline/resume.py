@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import yaml
 from pipeline import checkpoint as checkpoints
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config, ConfigError, to_dict
-from pipeline.errors import DataError
+from pipeline.environment import cpu_name, versions
+from pipeline.errors import OtherDataError
 
 _IDENTITY = ("model.nz", "model.ngf", "model.ndf", "data.image_size", "data.nc", "run.seed")
 """Another value of these makes another run of it."""
@@ -30,19 +32,28 @@ def identity(cfg: Config, fingerprint: str) -> dict[str, Any]:
     return found | {"data.image_size": list(cfg.data.size), "dataset": fingerprint}
 
 
-def layout(cfg: Config, *, world_size: int, threads: int, precision: str, decoder: str, device: str) -> dict[str, Any]:
+def layout(
+    cfg: Config, *, world_size: int, threads: int, precision: str, mode: str, decoder: str, cache: str, device: str
+) -> dict[str, Any]:
     """What results are exact for: the same of all these repeats a run bit for bit."""
     return {
         "world_size": world_size,
         "threads": threads,
         "device": device,
+        "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
         "torch": torch.__version__,
+        "dali": next((v for k, v in versions().items() if "dali" in k), "") if decoder == "dali" else "",
         "precision": precision,
-        "mode": cfg.train.mode,
+        "mode": mode,
         "channels_last": cfg.train.channels_last,
         "batch_size": cfg.train.batch_size,
         "decoder": decoder,
+        "cache": cache,
+        "jpeg_fancy_upsampling": cfg.data.jpeg_fancy_upsampling,
+        "sync_batchnorm": cfg.distributed.sync_batchnorm,
+        "deterministic": cfg.run.deterministic,
     }
 
 
@@ -54,9 +65,20 @@ def choose(cfg: Config, run: Path, say: Callable[[str], None]) -> Checkpoint | N
     """
     if cfg.run.resume == "none":
         return None
+    own = checkpoints.newest(run, say)
     if cfg.run.resume == "auto":
-        return checkpoints.newest(run, say)
+        return own
+    # The same command again goes on from where it came to, not from where it began.
+    if own and own.manifest["begun_from"] == begun_from(cfg, None):
+        return own
     return checkpoints.find(Path(cfg.run.resume), say)
+
+
+def begun_from(cfg: Config, found: Checkpoint | None) -> str:
+    """The path given as run.resume by which a run began, or that of the run it goes on from; empty: none."""
+    if cfg.run.resume not in ("auto", "none"):
+        return str(Path(cfg.run.resume).resolve())
+    return str(found.manifest["begun_from"]) if found else ""
 
 
 def check_identity(cfg: Config, fingerprint: str, found: Checkpoint, say: Callable[[str], None]) -> None:
@@ -64,7 +86,7 @@ def check_identity(cfg: Config, fingerprint: str, found: Checkpoint, say: Callab
 
     Raises:
         ConfigError: a setting differs; the message names it.
-        DataError: the dataset differs.
+        OtherDataError: the dataset differs.
     """
     theirs = found.manifest["identity"]
     for key, mine in identity(cfg, fingerprint).items():
@@ -79,7 +101,7 @@ def check_identity(cfg: Config, fingerprint: str, found: Checkpoint, say: Callab
         if cfg.run.force:
             say(f"run.force: {message}")
         elif key == "dataset":
-            raise DataError(f"{message}; --run.force true goes on all the same")
+            raise OtherDataError(f"{message}; another run.dir begins a new run, --run.force true goes on all the same")
         else:
             raise ConfigError(f"{message}; another run.dir begins a new run, --run.force true goes on all the same")
 

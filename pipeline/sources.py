@@ -45,6 +45,10 @@ class DamagedMember(DataError):
         super().__init__(f"{shown(archive)}: {shown(key)} {reason}")
         self.reason = reason
         """Words that follow the file's name."""
+        self._arguments = archive, key, reason
+
+    def __reduce__(self) -> tuple[type[DamagedMember], tuple[Path, str, str]]:
+        return type(self), self._arguments  # travels to the other ranks; an exception's own way passes the message only
 
 
 class Source(Protocol):

@@ -9,100 +9,30 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from pipeline import checkpoint as checkpoints
 from pipeline import distributed, precision, resume
-from pipeline.cache import Cached, build_cache, cache_kind
+from pipeline.assembly import Plan, build_step, make_plan, wrap_players
+from pipeline.cache import Cached, build_cache
 from pipeline.config import Config, ConfigError
-from pipeline.decode import Decoder, choose_decoder
 from pipeline.distributed import Ranks
-from pipeline.errors import UserError
+from pipeline.errors import DataError, OtherDataError, UserError
 from pipeline.feed import Feed, open_feed
 from pipeline.index import Dataset, open_dataset
 from pipeline.loop import Maintenance, train
-from pipeline.meters import Log, Meters, Progress, measured_peak_tflops, memory_gib
-from pipeline.models import Discriminator, Generator, initialise, step_flops
+from pipeline.meters import Log, Meters, Progress, Timing, measured_peak_tflops, memory_gib
+from pipeline.models import Generator, step_flops
 from pipeline.order import Slice
 from pipeline.philox import Stream
 from pipeline.pictures import grid, save_png
-from pipeline.precision import Precision
 from pipeline.report import write_report
 from pipeline.runfolder import RunFolder
 from pipeline.sampling import generate, latents, recalibrated
-from pipeline.step import FastStep, Players, ReferenceStep, Step, make_players
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the settings come to on this machine with this dataset."""
-
-    decoder: Decoder
-    cache: Literal["none", "host", "device"]
-    precision: Precision
-    mode: str
-    reasons: tuple[str, ...]
-    """A sentence for each choice that was made automatically."""
-    num_steps: int
-    total_images: int
-
-
-def make_plan(cfg: Config, dataset: Dataset, ranks: Ranks) -> Plan:
-    """Resolve every `auto`; one rank does it for all, since what is free may differ from one moment to the next.
-
-    Raises:
-        ConfigError: this machine cannot do what a setting asks for.
-    """
-    decoder, why_decoder = choose_decoder(cfg.data)
-    cache, why_cache = cache_kind(cfg.data, dataset, ranks.device, decoder=decoder)
-    arithmetic = precision.resolve(cfg.precision, ranks.device)
-    mode = "eager" if cfg.train.mode == "auto" else cfg.train.mode
-    num_steps = cfg.train.num_steps(len(dataset))
-    reasons = (f"decoder {decoder}: {why_decoder}", f"cache {cache}: {why_cache}", f"precision {arithmetic}")
-    return Plan(decoder, cache, arithmetic, mode, reasons, num_steps, num_steps * cfg.train.batch_size)
-
-
-def build_networks(cfg: Config, device: torch.device) -> tuple[Generator, Discriminator]:
-    """Both networks with their initial weights, the same on every rank, on the device."""
-    random = torch.Generator().manual_seed(cfg.run.seed)
-    generator = Generator(cfg.model.nz, cfg.model.ngf, cfg.data.nc, *cfg.data.size)
-    discriminator = Discriminator(cfg.model.ndf, cfg.data.nc, *cfg.data.size)
-    for network in (generator, discriminator):
-        initialise(network, random)
-        network.to(device=device)
-        if cfg.train.channels_last:
-            network.to(memory_format=torch.channels_last)
-    return generator, discriminator
-
-
-def build_step(cfg: Config, plan: Plan, ranks: Ranks) -> Step:
-    """The networks under their optimisers, wrapped for many ranks, in the arrangement of the plan."""
-    generator, discriminator = build_networks(cfg, ranks.device)
-    if cfg.distributed.sync_batchnorm:
-        distributed.synchronise_batchnorm(generator, ranks)
-        distributed.synchronise_batchnorm(discriminator, ranks)
-    lr = cfg.optim.scaled_lr(cfg.train.batch_size)
-    players = make_players(generator, discriminator, cfg.optim, lr=lr, precision=plan.precision)
-    kind = ReferenceStep if plan.mode == "reference" else FastStep
-    return kind(
-        players,
-        plan.precision,
-        channels_last=cfg.train.channels_last,
-        ema_half_life_images=cfg.optim.ema_half_life_images,
-        # SyncBatchNorm knows no groups: real and fake then go one after the other.
-        joint=ranks.device.type == "cuda" and not cfg.distributed.sync_batchnorm,
-    )
-
-
-def wrap_players(players: Players, ranks: Ranks, cfg: Config) -> None:
-    """Put both networks under DistributedDataParallel, where there are several ranks."""
-    if ranks.world_size > 1:
-        for name in ("generator", "discriminator"):
-            players.parallel[name] = distributed.wrap(getattr(players, name), ranks, cfg.distributed)
+from pipeline.step import Players, Step
 
 
 class Run:
@@ -112,7 +42,6 @@ class Run:
         self.cfg, self.config_yaml, self.ranks = cfg, config_yaml, ranks
         self.folder = RunFolder(folder)
         self.log: Log | None = None
-        self.reasons: list[str] = []
 
     def say(self, text: str) -> None:
         """One line, from rank 0."""
@@ -137,13 +66,14 @@ class Run:
         distributed.together(lambda: cfg.per_rank(ranks.world_size))
         self.on_leader(self._prepare_folder)
         dataset = distributed.leader_first(ranks, lambda: open_dataset(cfg.data))
+        self._same_everywhere(dataset)
         plan = self.on_leader(lambda: make_plan(cfg, dataset, ranks))
         precision.apply(plan.precision, deterministic=cfg.run.deterministic)
         threads = cfg.data.workers or distributed.num_threads(cfg.distributed, ranks.local_world_size)
         found = self.on_leader(lambda: self._checkpoint(dataset))
         images_seen = found.images_seen if found else 0
         if images_seen >= plan.total_images:
-            self._already_done(plan, dataset, found)
+            self.on_leader(lambda: self._already_done(len(dataset), found))
             return
         step = distributed.together(lambda: build_step(cfg, plan, ranks))
         self.layout = resume.layout(
@@ -151,7 +81,9 @@ class Run:
             world_size=ranks.world_size,
             threads=torch.get_num_threads(),
             precision=plan.precision,
+            mode=plan.mode,
             decoder=plan.decoder,
+            cache=plan.cache,
             device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu",
         )
         wrap_players(step.players, ranks, cfg)  # gives every rank the statistics of rank 0, so it comes first
@@ -162,10 +94,20 @@ class Run:
         def feed_from(start: int, part: Slice) -> Feed:
             return open_feed(
                 cfg.data, dataset, seed=cfg.run.seed, shard=part, device=ranks.device, images_seen=start,
-                threads=threads, cached=cached,
+                threads=threads, decoder=plan.decoder, cached=cached,
             )  # fmt: skip
 
         self._train(step, meters, plan, dataset, shard, images_seen, feed_from, found)
+
+    def _same_everywhere(self, dataset: Dataset) -> None:
+        found = distributed.gather(dataset.index.fingerprint)
+        different = [rank for rank, fingerprint in enumerate(found) if fingerprint != found[0]]
+        if different:
+            error = DataError(
+                f"data.dataroot {self.cfg.data.dataroot} holds other images for ranks {different} than for 0"
+            )
+            error.shared = True
+            raise error
 
     def _prepare_folder(self) -> None:
         self.folder.prepare()
@@ -179,6 +121,8 @@ class Run:
         found = resume.choose(self.cfg, self.folder.path, self.say)
         if found:
             resume.check_identity(self.cfg, dataset.index.fingerprint, found, self.say)
+            for folder in checkpoints.set_aside_after(self.folder.path, found.images_seen):
+                self.say(f"a checkpoint that this run does not go on from is now {folder.name}")
         return found
 
     def _restore(self, players: Players, meters: Meters, found: checkpoints.Checkpoint | None) -> None:
@@ -193,15 +137,18 @@ class Run:
             checkpoints.restore_weights(players, checkpoints.load(source))
             self.say(f"weights from {source.folder}, counters at zero")
 
-    def _already_done(self, plan: Plan, dataset: Dataset, found: checkpoints.Checkpoint) -> None:
+    def _already_done(self, num_images: int, found: checkpoints.Checkpoint) -> None:
         train = self.cfg.train
-        by_images = train.max_images and train.max_images <= train.num_epochs * len(dataset)
+        by_images = train.max_images and train.max_images <= train.num_epochs * num_images
         key = "train.max_images" if by_images else "train.num_epochs"
         value = train.max_images if by_images else train.num_epochs
         self.say(
-            f"this run is finished: {found.images_seen} images seen, {key} is {value:g}; raise --{key} to train on "
-            f"(see {self.folder.path / 'report.html'})"
+            f"this run is finished: {found.images_seen} images seen, {key} is {value:g}; raise --{key} to train on"
         )
+        if self.folder.status.get("state") != "finished":  # killed between its last checkpoint and its end
+            self._finish(found.images_seen, found.folder, float(found.manifest["elapsed_s"]))
+        else:
+            self.say(f"report: {self.folder.path / 'report.html'}")
 
     def _build_cache(self, dataset: Dataset, plan: Plan, threads: int) -> Cached | None:
         kind = plan.cache
@@ -244,20 +191,23 @@ class Run:
         progress = Progress(images_seen, plan.total_images, len(dataset))
         writer = checkpoints.Writer(self.folder.path, cfg.checkpoint.keep, cfg.checkpoint.milestone_images)
         elapsed_before = float(found.manifest["elapsed_s"]) if found else 0.0
-        if ranks.leads:
-            self.log = Log(self.folder.path, progress)
-            self._introduce(plan, dataset, images_seen, found)
         with contextlib.ExitStack() as stack:
             stack.callback(writer.close)
-            if self.log is not None:
-                stack.callback(self.log.close)
-            if ranks.leads:
+            stack.callback(lambda: self.log.close() if self.log else None)
+            peak = measured_peak_tflops(ranks.device, precision.dtype_of(plan.precision))
+            flops = step_flops(step.players.generator, step.players.discriminator, *cfg.data.size)
+
+            def begin() -> None:
+                self.log = Log(self.folder.path, progress)
+                self._introduce(plan, dataset, images_seen, found)
                 self._show_reals(feed_from, images_seen)
+                if images_seen == 0:
+                    self._show_fakes(step.players, 0)
+
+            self.on_leader(begin)
             feed = feed_from(images_seen, shard)
             stack.callback(feed.close)
             timing = Timing(feed, elapsed_before)
-            peak = measured_peak_tflops(ranks.device, precision.dtype_of(plan.precision))
-            flops = step_flops(step.players.generator, step.players.discriminator, *cfg.data.size)
 
             def log_row(seen: int) -> None:
                 row = {"step": seen // cfg.train.batch_size, "images_seen": seen, "epoch": seen / len(dataset)}
@@ -272,22 +222,22 @@ class Run:
                 progress.images_seen = seen
                 if self.log is not None:
                     self.log.write(row, progress)
-                    self.folder.update(images_seen=seen)
+                    self.folder.update(images_seen=seen, **({"checkpoint": str(writer.last)} if writer.last else {}))
 
             def save(seen: int) -> None:
-                buffers, partial = zip(
-                    *distributed.gather((checkpoints.buffers_of(step.players), meters.state())), strict=True
-                )
+                distributed.together(writer.wait)  # a write that failed ends every rank
+                mine = checkpoints.buffers_of(step.players), meters.state()
+                buffers, partial = zip(*distributed.gather(mine), strict=True)
                 if ranks.leads:
                     manifest = {
                         "images_seen": seen,
                         "elapsed_s": timing.elapsed_s(),
                         "identity": resume.identity(cfg, dataset.index.fingerprint),
                         "layout": self.layout,
+                        "begun_from": resume.begun_from(cfg, found),
                     }
                     state = checkpoints.snapshot(step.players, list(buffers)) | {"meters": list(partial)}
                     writer.save(state, self.config_yaml, manifest)
-                    self.folder.update(images_seen=seen, checkpoint=str(checkpoints.folder_of(self.folder.path, seen)))
 
             first_step = [True]
 
@@ -300,12 +250,10 @@ class Run:
 
             maintenance = [
                 Maintenance(cfg.log.every_steps * cfg.train.batch_size, log_row),
-                Maintenance(
-                    cfg.log.grid_every_images, lambda seen: self._show_fakes(step.players, seen), at_start=True
-                ),
+                Maintenance(cfg.log.grid_every_images, lambda seen: self._show_fakes(step.players, seen)),
                 Maintenance(cfg.checkpoint.every_images, save),
             ]
-            train(
+            images_seen = train(
                 step,
                 feed,
                 meters,
@@ -319,7 +267,8 @@ class Run:
             )
             distributed.together(writer.wait)
         if ranks.leads:
-            self._finish(plan, timing.elapsed_s())
+            self.log = None  # closed: what is left to say needs no bar
+            self._finish(images_seen, writer.last, timing.elapsed_s())
 
     def _introduce(self, plan: Plan, dataset: Dataset, images_seen: int, found: checkpoints.Checkpoint | None) -> None:
         self.folder.describe(self.config_yaml)
@@ -336,6 +285,7 @@ class Run:
             mode=plan.mode,
             world_size=self.ranks.world_size,
             fallbacks=list(plan.reasons),
+            files_left_out=len(dataset.index.rejected),
         )
         for reason in plan.reasons:
             self.say(reason)
@@ -372,38 +322,14 @@ class Run:
         save_png(picture, self.folder.grid(images_seen))
         self.log.picture("fakes", picture, images_seen)
 
-    def _finish(self, plan: Plan, elapsed_s: float) -> None:
-        self.folder.update(state="finished", reason="all images seen", exit_code=0, images_seen=plan.total_images)
-        self.say(f"finished: {plan.total_images} images in {elapsed_s / 60:.1f} minutes")
+    def _finish(self, images_seen: int, checkpoint: Path | None, elapsed_s: float) -> None:
+        self.folder.update(
+            state="finished", reason="all images seen", exit_code=0, images_seen=images_seen, checkpoint=str(checkpoint)
+        )
+        self.say(f"finished: {images_seen} images in {elapsed_s / 60:.1f} minutes")
         if self.cfg.log.report:
             self.say(f"report: {write_report(self.folder.path)}")
-        self.say(f"pictures: {self.folder.grid(plan.total_images)}")
-
-
-class Timing:
-    """Images a second and the share of the time that the step waited for data, between two log lines."""
-
-    def __init__(self, feed: Feed, elapsed_before: float) -> None:
-        self.feed, self.elapsed_before = feed, elapsed_before
-        self.started = self.last = time.perf_counter()
-        self.waited = feed.wait_s
-
-    def elapsed_s(self) -> float:
-        """Seconds of training, earlier parts of a resumed run included."""
-        return self.elapsed_before + time.perf_counter() - self.started
-
-    def read(self, images: int, world_size: int) -> dict[str, float]:
-        """Rates since the last call, for that many global images."""
-        now, waited = time.perf_counter(), self.feed.wait_s
-        seconds = max(now - self.last, 1e-9)
-        rates = {
-            "images_per_s": images / seconds,
-            "images_per_s_rank": images / world_size / seconds,
-            "data_wait_percent": 100 * (waited - self.waited) / seconds,
-            "elapsed_s": self.elapsed_s(),
-        }
-        self.last, self.waited = now, waited
-        return rates
+        self.say(f"pictures: {self.folder.grid(images_seen)}")
 
 
 @contextlib.contextmanager
@@ -416,8 +342,8 @@ def outcome_in_status(run: Run) -> Iterator[None]:
 
     try:
         yield
-    except ConfigError:
-        raise  # a setting that this run refuses says nothing about the run
+    except (ConfigError, OtherDataError):
+        raise  # settings or photographs that this run refuses say nothing about the run
     except UserError as error:
         failed(str(error), error.exit_code)
         raise

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -23,14 +24,19 @@ def _nothing_leaks(monkeypatch: pytest.MonkeyPatch):
     threads, variables = set(threading.enumerate()), dict(os.environ)
     yield
     monkeypatch.undo()
-    left = [t.name for t in set(threading.enumerate()) - threads if t.is_alive() and not _kept(t)]
-    assert not left, f"threads left behind: {left}"
-    assert not _children(), f"processes left behind: {_children()}"
+    deadline = time.monotonic() + 5  # a pool that was told to end needs a moment
+    while (left := _threads(threads) + _children()) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert not left, f"threads or processes left behind: {left}"
     changed = {k for k in variables.keys() | os.environ.keys() if variables.get(k) != os.environ.get(k)}
     # torch sets the latter when its compiler is first imported, which an optimiser does.
     assert not changed - {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}, (
         f"environment variables left behind: {changed}"
     )
+
+
+def _threads(before: set[threading.Thread]) -> list[str]:
+    return [t.name for t in set(threading.enumerate()) - before if t.is_alive() and not _kept(t)]
 
 
 def _kept(thread: threading.Thread) -> bool:

@@ -11,6 +11,7 @@ from pipeline.errors import StorageError
 from pipeline.models import Discriminator, Generator
 from pipeline.step import FastStep, make_players
 
+MANIFEST = {"identity": {}, "layout": {}, "begun_from": ""}
 CFG = Config(data=DataConfig(image_size=16), model=ModelConfig(nz=4, ngf=2, ndf=2))
 
 
@@ -33,9 +34,7 @@ def snapshot(players):
 
 
 def write(run, players, images_seen):
-    return checkpoints.write(
-        run, snapshot(players), to_yaml(CFG), {"images_seen": images_seen, "identity": {}, "layout": {}}
-    )
+    return checkpoints.write(run, snapshot(players), to_yaml(CFG), MANIFEST | {"images_seen": images_seen})
 
 
 def assert_same(one, other):
@@ -155,7 +154,7 @@ def test_the_writer_keeps_the_newest_and_the_milestones(tmp_path):
     writer = checkpoints.Writer(tmp_path, keep=2, milestone_images=[25])
     players = make_players_()
     for images_seen in (10, 20, 30, 40, 50, 60):
-        writer.save(snapshot(players), to_yaml(CFG), {"images_seen": images_seen, "identity": {}, "layout": {}})
+        writer.save(snapshot(players), to_yaml(CFG), MANIFEST | {"images_seen": images_seen})
     writer.wait()
     writer.close()
     counts = sorted(int(p.name[7:]) for p in (tmp_path / "checkpoints").iterdir())
@@ -166,7 +165,7 @@ def test_the_writer_keeps_the_newest_and_the_milestones(tmp_path):
 def test_the_writers_failure_reaches_the_training_thread(tmp_path):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     writer = checkpoints.Writer(tmp_path, keep=1, milestone_images=[])
-    writer.save(snapshot(make_players_()), to_yaml(CFG), {"images_seen": 10, "identity": {}, "layout": {}})
+    writer.save(snapshot(make_players_()), to_yaml(CFG), MANIFEST | {"images_seen": 10})
     with pytest.raises(StorageError, match="cannot write the checkpoint"):
         writer.wait()
     writer.close()
@@ -216,3 +215,63 @@ def test_weights_of_another_width_are_refused(tmp_path):
     wider = make_players(Generator(4, 3, 3, 16, 16), Discriminator(3, 3, 16, 16), OptimConfig(), lr=1, precision="fp32")
     with pytest.raises(StorageError, match="do not fit this model"):
         checkpoints.restore_weights(wider, state)
+
+
+@pytest.mark.parametrize("before", [torch.contiguous_format, torch.channels_last])
+def test_adams_moments_follow_their_parameters_memory_format(before):
+    """The fused kernel walks parameter and moments as flat memory: other strides would mix up their elements."""
+    after = torch.channels_last if before == torch.contiguous_format else torch.contiguous_format
+
+    def laid_out(memory_format):
+        players = make_players_()
+        pair = [n.to(memory_format=memory_format) for n in (players.generator, players.discriminator)]
+        return make_players(*pair, OptimConfig(), lr=2e-4, precision="fp32")
+
+    one, other = laid_out(before), laid_out(after)
+    train_some(one)
+    checkpoints.restore(other, snapshot(one), 0, 1)
+    for optimizer in (other.optimizer_g, other.optimizer_d):
+        for parameter, moments in optimizer.state.items():
+            assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == parameter.stride()
+    train_some(one)
+    train_some(other)
+    for (name, p), q in zip(one.generator.named_parameters(), other.generator.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-3, atol=1e-5), name
+
+
+def test_newest_is_by_number_and_strangers_are_passed_over(tmp_path):
+    players = make_players_()
+    folder = write(tmp_path, players, 999_999_936)
+    write(tmp_path, players, 1_000_000_064)
+    shutil.copytree(folder, folder.with_name("images-2000000000-good"))
+    assert checkpoints.newest(tmp_path).images_seen == 1_000_000_064
+    writer = checkpoints.Writer(tmp_path, keep=1, milestone_images=[])
+    writer.save(snapshot(players), to_yaml(CFG), MANIFEST | {"images_seen": 1_000_000_128})
+    writer.wait()
+    writer.close()
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["images-1000000128", "images-2000000000-good"]
+
+
+def test_checkpoints_that_a_run_does_not_go_on_from_neither_count_nor_vanish(tmp_path):
+    players = make_players_()
+    for images_seen in (25, 50, 75):
+        write(tmp_path, players, images_seen)
+    for images_seen in (50, 75):
+        flip_a_bit(checkpoints.folder_of(tmp_path, images_seen) / "state.pt")
+    found = checkpoints.newest(tmp_path, lambda _: None)
+    aside = checkpoints.set_aside_after(tmp_path, found.images_seen)
+    assert [p.name for p in aside] == ["images-000000050.abandoned", "images-000000075.abandoned"]
+    writer = checkpoints.Writer(tmp_path, keep=2, milestone_images=[])
+    writer.save(snapshot(players), to_yaml(CFG), MANIFEST | {"images_seen": 35})
+    writer.wait()
+    writer.close()
+    assert checkpoints.newest(tmp_path).images_seen == 35
+    assert [checkpoints.count_of(p) for p in checkpoints._folders(tmp_path)] == [25, 35]
+
+
+def test_a_manifest_that_speaks_of_other_images_is_passed_over(tmp_path):
+    folder = write(tmp_path, make_players_(), 10)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"images_seen": 18}))
+    assert checkpoints.newest(tmp_path, lambda _: None) is None

@@ -75,6 +75,7 @@ class Bench:
                 device=device,
                 images_seen=images_seen,
                 threads=threads,
+                decoder=decoder,
                 cached=cached,
             )
         )

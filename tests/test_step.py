@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from pipeline.config import DistributedConfig, OptimConfig
 from pipeline.distributed import wrap
 from pipeline.losses import discriminator_loss, generator_loss
-from pipeline.models import Discriminator, Generator, GroupedBatchNorm2d, initialise
+from pipeline.models import Discriminator, Generator, initialise
 from pipeline.order import Slice
 from pipeline.precision import dtype_of
 from pipeline.step import METERS, FastStep, ReferenceStep, make_players
@@ -18,8 +18,10 @@ from tests.ranks import run_ranks
 
 N, NZ, WIDTH, SIDE = 8, 10, 8, 32
 # Relative norm of a difference to the same algorithm in the same arithmetic: sums in another order, rounded to 24 or to
-# 8 bits; Adam turns the rounding of a gradient near 0 into a step of full length, so three steps are looser than one.
+# 8 bits.  Gradients in bf16 have no such bound (D's first step of Adam is its gradient's sign, which rounding flips
+# near 0): there the distance to float32 is held against the tutorial's own distance in bf16.
 TOLERANCE = {"fp32": 2e-4, "bf16": 2e-2}
+AS_CLOSE_AS_THE_TUTORIAL = 1.25
 
 
 def networks(seed: int = 0) -> tuple[Generator, Discriminator]:
@@ -115,16 +117,20 @@ CASES = [
 def test_three_steps_equal_the_tutorials(kind, precision, joint, channels_last):
     theirs = networks()
     expected = tutorial_steps(*theirs, 3, precision)
+    in_float32 = tutorial_steps(*networks(), 1, "fp32")
     step = make_step(kind, networks(), precision, joint, channels_last)
     tolerance = TOLERANCE[precision]
     for i in range(3):
         meters = dict(zip(METERS, step(*data(i), i * N, N).tolist(), strict=True))
         for name, value in expected[i]["meters"].items():
             assert meters[name] == pytest.approx(value, rel=tolerance, abs=tolerance / 4), (i, name)
-        if precision == "bf16" and i > 0:
-            continue  # Adam turns the rounding of small gradients into steps of full length
         for name in ("d", "g"):
-            assert relative(step.caught[name], expected[i][name]) < tolerance, (i, name)
+            if precision == "fp32":
+                assert relative(step.caught[name], expected[i][name]) < tolerance, (i, name)
+            elif i == 0:
+                exact = in_float32[i][name]
+                bound = AS_CLOSE_AS_THE_TUTORIAL * relative(expected[i][name], exact)
+                assert relative(step.caught[name], exact) < bound, (i, name)
     assert relative(buffers(step.players.generator), buffers(theirs[0])) < tolerance
     assert relative(buffers(step.players.discriminator), buffers(theirs[1])) < tolerance
 
@@ -186,7 +192,7 @@ def test_the_average_halves_an_older_generator_after_its_half_life():
 class OneStatisticARank(nn.Module):
     """The oracle's BatchNorm: one process, the batch in as many groups as there are ranks, each with its statistics."""
 
-    def __init__(self, layer: GroupedBatchNorm2d, world_size: int) -> None:
+    def __init__(self, layer: nn.BatchNorm2d, world_size: int) -> None:
         super().__init__()
         self.ranks = nn.ModuleList(copy.deepcopy(layer) for _ in range(world_size))
         self.weight, self.bias = layer.weight, layer.bias
@@ -201,7 +207,7 @@ def one_process(world_size: int):
     pair = networks()
     for network in pair:
         for i, layer in enumerate(network.layers):
-            if isinstance(layer, GroupedBatchNorm2d):
+            if isinstance(layer, nn.BatchNorm2d):
                 network.layers[i] = OneStatisticARank(layer, world_size)
     return pair
 
@@ -223,7 +229,7 @@ def ranks_equal_the_oracle(ranks, joint):
             assert relative(step.caught[name], oracle.caught[name]) < 2e-4, (i, name)
     # Statistics: this rank's are the oracle's group of the same number.
     for network in ("generator", "discriminator"):
-        mine_layers = [m for m in getattr(step.players, network).layers if isinstance(m, GroupedBatchNorm2d)]
+        mine_layers = [m for m in getattr(step.players, network).layers if isinstance(m, nn.BatchNorm2d)]
         their_layers = [m for m in getattr(oracle.players, network).layers if isinstance(m, OneStatisticARank)]
         for mine_layer, theirs in zip(mine_layers, their_layers, strict=True):
             group = theirs.ranks[ranks.rank]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
 
 import torch
 
-from pipeline import distributed, trainer
+from pipeline import assembly, distributed, trainer
 from pipeline.cli.options import Options, parse, to_yaml
 from pipeline.config import Config, ConfigError
 from pipeline.errors import UserError
@@ -18,6 +19,10 @@ from pipeline.models import step_flops
 
 def main(argv: list[str] | None = None) -> int:
     """Train; the exit code is 0 or that of the error, told in one line by rank 0."""
+    started = False
+    logging.basicConfig(
+        level=logging.INFO if distributed.rank_from_environment() == 0 else logging.ERROR, format="%(message)s"
+    )
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
         options.config.per_rank(int(os.environ.get("WORLD_SIZE", 1)))  # before any process group
@@ -25,9 +30,11 @@ def main(argv: list[str] | None = None) -> int:
             if distributed.rank_from_environment() == 0:
                 print(describe(options))
             return 0
+        started = True
         trainer.run(options.config, to_yaml(options.config), run_folder(options))
     except (ConfigError, UserError) as error:
-        if distributed.rank_from_environment() == 0:
+        # What all ranks raise is told once; what one of them meets alone, a bad file say, only it can tell.
+        if distributed.rank_from_environment() == 0 or (started and not error.shared):
             print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -42,9 +49,9 @@ def run_folder(options: Options) -> Path:
     return Path(options.config.run.dir or Path("runs") / options.config_name)
 
 
-def activation_bytes(cfg: Config, per_rank: int) -> int:
+def activation_bytes(cfg: Config, precision: str, per_rank: int) -> int:
     """About what a step keeps for backward: each layer's output before and after its activation, G once, D twice."""
-    generator, discriminator = trainer.build_networks(cfg, torch.device("meta"))
+    generator, discriminator = assembly.build_networks(cfg, torch.device("meta"))
     height, width = cfg.data.size
 
     def outputs(network: torch.nn.Module, example: torch.Tensor) -> int:
@@ -61,7 +68,7 @@ def activation_bytes(cfg: Config, per_rank: int) -> int:
 
     latents = torch.empty(1, cfg.model.nz, device="meta")
     images = torch.empty(1, cfg.data.nc, height, width, device="meta")
-    width_bytes = 4 if cfg.precision in ("fp32", "tf32") else 2
+    width_bytes = 4 if precision in ("fp32", "tf32") else 2
     return per_rank * width_bytes * (outputs(generator, latents) + 2 * outputs(discriminator, images))
 
 
@@ -70,12 +77,12 @@ def describe(options: Options) -> str:
     cfg = options.config
     dataset = open_dataset(cfg.data)
     ranks = distributed.from_environment()
-    plan = trainer.make_plan(cfg, dataset, ranks)
+    plan = assembly.make_plan(cfg, dataset, ranks)
     world_size = ranks.world_size
-    generator, discriminator = trainer.build_networks(cfg, torch.device("meta"))
+    generator, discriminator = assembly.build_networks(cfg, torch.device("meta"))
     sizes = [sum(p.numel() for p in n.parameters()) for n in (generator, discriminator)]
     states = 4 * (sum(sizes) * 4 + (sizes[0] if cfg.optim.ema_half_life_images else 0))  # weight, gradient, two moments
-    activations = activation_bytes(cfg, cfg.per_rank(world_size))
+    activations = activation_bytes(cfg, plan.precision, cfg.per_rank(world_size))
     flops = step_flops(generator, discriminator, *cfg.data.size)
     lines = [
         to_yaml(cfg).rstrip(),

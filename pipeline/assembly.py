@@ -1,0 +1,86 @@
+"""From settings to the parts that train: every `auto` resolved, the networks, their step, their wrapping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pipeline import distributed, precision
+from pipeline.cache import cache_kind
+from pipeline.config import Config
+from pipeline.decode import Decoder, choose_decoder
+from pipeline.distributed import Ranks
+from pipeline.index import Dataset
+from pipeline.models import Discriminator, Generator, initialise
+from pipeline.precision import Precision
+from pipeline.step import FastStep, Players, ReferenceStep, Step, make_players
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the settings come to on this machine with this dataset."""
+
+    decoder: Decoder
+    cache: Literal["none", "host", "device"]
+    precision: Precision
+    mode: str
+    reasons: tuple[str, ...]
+    """A sentence for each choice that was made automatically."""
+    num_steps: int
+    total_images: int
+
+
+def make_plan(cfg: Config, dataset: Dataset, ranks: Ranks) -> Plan:
+    """Resolve every `auto`; one rank does it for all, since what is free may differ from one moment to the next.
+
+    Raises:
+        ConfigError: this machine cannot do what a setting asks for.
+    """
+    decoder, why_decoder = choose_decoder(cfg.data)
+    cache, why_cache = cache_kind(cfg.data, dataset, ranks.device, decoder=decoder)
+    arithmetic = precision.resolve(cfg.precision, ranks.device)
+    mode = "eager" if cfg.train.mode == "auto" else cfg.train.mode
+    num_steps = cfg.train.num_steps(len(dataset))
+    reasons = (f"decoder {decoder}: {why_decoder}", f"cache {cache}: {why_cache}", f"precision {arithmetic}")
+    return Plan(decoder, cache, arithmetic, mode, reasons, num_steps, num_steps * cfg.train.batch_size)
+
+
+def build_networks(cfg: Config, device: torch.device) -> tuple[Generator, Discriminator]:
+    """Both networks with their initial weights, the same on every rank, on the device."""
+    random = torch.Generator().manual_seed(cfg.run.seed)
+    generator = Generator(cfg.model.nz, cfg.model.ngf, cfg.data.nc, *cfg.data.size)
+    discriminator = Discriminator(cfg.model.ndf, cfg.data.nc, *cfg.data.size)
+    for network in (generator, discriminator):
+        initialise(network, random)
+        network.to(device=device)
+        if cfg.train.channels_last:
+            network.to(memory_format=torch.channels_last)
+    return generator, discriminator
+
+
+def build_step(cfg: Config, plan: Plan, ranks: Ranks) -> Step:
+    """The networks under their optimisers, wrapped for many ranks, in the arrangement of the plan."""
+    generator, discriminator = build_networks(cfg, ranks.device)
+    if cfg.distributed.sync_batchnorm:
+        distributed.synchronise_batchnorm(generator, ranks)
+        distributed.synchronise_batchnorm(discriminator, ranks)
+    lr = cfg.optim.scaled_lr(cfg.train.batch_size)
+    players = make_players(generator, discriminator, cfg.optim, lr=lr, precision=plan.precision)
+    kind = ReferenceStep if plan.mode == "reference" else FastStep
+    return kind(
+        players,
+        plan.precision,
+        channels_last=cfg.train.channels_last,
+        ema_half_life_images=cfg.optim.ema_half_life_images,
+        # SyncBatchNorm knows no groups: real and fake then go one after the other.
+        joint=ranks.device.type == "cuda" and not cfg.distributed.sync_batchnorm,
+    )
+
+
+def wrap_players(players: Players, ranks: Ranks, cfg: Config) -> None:
+    """Put both networks under DistributedDataParallel, where there are several ranks."""
+    if ranks.world_size > 1:
+        for name in ("generator", "discriminator"):
+            players.parallel[name] = distributed.wrap(getattr(players, name), ranks, cfg.distributed)
