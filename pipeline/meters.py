@@ -29,7 +29,7 @@ from pipeline.step import METERS
 _TAGS = {
     "loss_d": "Loss/D",
     "loss_g": "Loss/G",
-    "d_real": "D(x)/mean",
+    "d_real": "D(x)",
     "d_fake_before": "D(G(z))/before",
     "d_fake_after": "D(G(z))/after",
     "epoch": "Progress/epoch",
@@ -43,10 +43,16 @@ _TAGS = {
     "tflop_per_s": "Resources/tflop_per_s",
     "peak_fraction": "Resources/fraction_of_measured_peak",
 }
+# The same three once more: TensorBoard 2.21's custom charts stay empty for tags with parentheses (2026-11).
+_CHART_TAGS = {
+    "d_real": "Probability/real",
+    "d_fake_before": "Probability/fake_before",
+    "d_fake_after": "Probability/fake_after",
+}
 _CHARTS = {
     "DCGAN": {
         "Losses": ["Multiline", ["Loss/D", "Loss/G"]],
-        "D(x) and D(G(z))": ["Multiline", [r"D\(x\)/mean", r"D\(G\(z\)\)/before", r"D\(G\(z\)\)/after"]],
+        "D(x), D(G(z)) before and after": ["Multiline", list(_CHART_TAGS.values())],
     }
 }
 
@@ -207,7 +213,7 @@ class Log:
                 file.write(json.dumps(finite) + "\n")
         except OSError as error:
             raise StorageError(f"cannot write {self.path}: {error.strerror}") from None
-        for key, tag in _TAGS.items():
+        for key, tag in [*_TAGS.items(), *_CHART_TAGS.items()]:
             if key in row:
                 self.board.add_scalar(tag, row[key], row["images_seen"])
         self.board.flush()

@@ -41,7 +41,7 @@ def _threads(before: set[threading.Thread]) -> list[str]:
 
 def _kept(thread: threading.Thread) -> bool:
     # Pools that a library starts once a process and keeps.
-    return thread.name.startswith(("Thread-autograd", "pin_memory", "asyncio"))
+    return thread.name.startswith(("Thread-autograd", "pin_memory", "asyncio", "tqdm_monitor"))
 
 
 def _children() -> list[str]:

@@ -1,0 +1,151 @@
+import io
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline.errors import StorageError
+from pipeline.loop import Maintenance
+from pipeline.meters import Log, Meters, Progress, keep_lines_up_to
+
+ROW = {
+    "step": 1,
+    "epoch": 0.5,
+    "loss_d": 1.25,
+    "loss_g": math.nan,
+    "d_real": 0.75,
+    "d_fake_before": 0.25,
+    "d_fake_after": 0.125,
+    "images_per_s": 100.0,
+    "images_per_s_rank": 100.0,
+    "data_wait_percent": 1.0,
+    "learning_rate": 2e-4,
+    "memory_gib": 1.0,
+    "tflop_per_s": 0.5,
+    "peak_fraction": 0.3,
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def log_some(run, seen, total=400, images_seen=0, stream=None):
+    stream = stream or io.StringIO()
+    log = Log(run, Progress(images_seen, total, 100), stream)
+    for count in seen:
+        log.advance(8)
+        log.write(ROW | {"images_seen": count}, Progress(count, total, 100))
+    log.close()
+    return stream.getvalue()
+
+
+def points(run, tag):
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return [(e.step, e.value) for e in events.Scalars(tag)]
+
+
+def test_plain_lines_hold_what_a_person_wants_to_know(tmp_path):
+    text = log_some(tmp_path, [200])
+    for part in ("200/400", "Loss_D 1.250", "D(x) 0.75", "D(G(z)) 0.25/0.12", "100 images/s", "ETA 0:02"):
+        assert part in text, text
+
+
+def test_a_terminal_gets_a_bar_with_rate_losses_and_remaining_time(tmp_path):
+    text = log_some(tmp_path, [200, 208], stream=Terminal())
+    for part in ("\r", "400", "Loss_D 1.250", "D(G(z)) 0.25/0.12", "images/s"):
+        assert part in text, text
+
+
+def test_numbers_that_json_has_not_become_null(tmp_path):
+    log_some(tmp_path, [8])
+    row = json.loads((tmp_path / "stats.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert row["loss_g"] is None
+    assert row["images_seen"] == 8
+
+
+def test_tensorboard_gets_every_curve_by_its_name(tmp_path):
+    log_some(tmp_path, [8, 16])
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"Loss/D", "Loss/G", "D(x)", "D(G(z))/before", "D(G(z))/after"} <= tags
+    assert {"Timing/images_per_s", "Timing/images_per_s_rank", "Timing/data_wait_percent"} <= tags
+    assert {"Resources/memory_gib", "Resources/tflop_per_s", "Resources/fraction_of_measured_peak"} <= tags
+    assert {"Progress/epoch", "Progress/images", "Progress/learning_rate"} <= tags
+    assert points(tmp_path, "Loss/D") == [(8, 1.25), (16, 1.25)]
+
+
+@pytest.mark.parametrize("resumed_at", [16, 0])
+def test_a_resumed_run_stands_once_in_its_curves_and_lines(tmp_path, resumed_at):
+    log_some(tmp_path, [8, 16, 24, 32])
+    with (tmp_path / "stats.jsonl").open("a") as file:
+        file.write('{"images_seen": 40, "los')  # killed while writing
+    log_some(tmp_path, [resumed_at + 8, resumed_at + 16], images_seen=resumed_at)
+    expected = [n for n in (8, 16, 24, 32) if n <= resumed_at + 16]
+    assert [json.loads(line)["images_seen"] for line in (tmp_path / "stats.jsonl").open()] == expected
+    assert [step for step, _ in points(tmp_path, "Loss/D")] == expected
+
+
+def test_pictures_reach_tensorboard(tmp_path):
+    log = Log(tmp_path, Progress(0, 8, 8), io.StringIO())
+    log.picture("fakes", Image.new("RGB", (5, 4)), 8)
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (image,) = events.Images("fakes")
+    assert (image.step, image.width, image.height) == (8, 5, 4)
+
+
+def test_a_disk_that_refuses_is_told_in_one_line(tmp_path):
+    log = Log(tmp_path, Progress(0, 8, 8), io.StringIO())
+    (tmp_path / "stats.jsonl").mkdir()
+    with pytest.raises(StorageError, match=r"cannot write .*stats\.jsonl"):
+        log.write(ROW | {"images_seen": 8}, Progress(8, 8, 8))
+    log.close()
+
+
+def test_cutting_a_file_that_is_not_there_is_nothing(tmp_path):
+    keep_lines_up_to(tmp_path / "stats.jsonl", 5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_means_are_over_the_steps_since_the_last_read():
+    meters = Meters(torch.device("cpu"), 1)
+    for value in (1.0, 2.0):
+        meters.add(torch.full((5,), value))
+    assert set(meters.read().values()) == {1.5}
+    meters.add(torch.full((5,), 7.0))
+    assert set(meters.read().values()) == {7.0}
+
+
+def test_a_saved_sum_is_not_touched_by_the_steps_that_follow():
+    meters = Meters(torch.device("cpu"), 1)
+    meters.add(torch.ones(5))
+    state = meters.state()
+    meters.add(torch.ones(5))
+    other = Meters(torch.device("cpu"), 1)
+    other.restore([state], 0)
+    other.add(torch.full((5,), 3.0))
+    assert other.read()["loss_d"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("every", "before", "now", "last", "due"),
+    [
+        (10, 8, 16, False, True),
+        (10, 10, 18, False, False),
+        (10, 0, 8, False, False),
+        (0, 0, 8, False, False),
+        (0, 0, 8, True, True),
+        (10, 0, 8, True, True),
+        (3, 8, 16, False, True),
+    ],
+)
+def test_maintenance_is_due_when_a_multiple_is_passed_and_at_the_end(every, before, now, last, due):
+    assert Maintenance(every, lambda _: None).due(before, now, last) is due
