@@ -65,7 +65,7 @@ else
 endif
 
 test: $(READY_DEV)
-	$(PYTHON) -m pytest -m "not gpu and not system"
+	$(PYTHON) -m pytest -rs
 
 test-gpu: $(READY_DEV)
 	$(PYTHON) -m pytest -m gpu -rs
