@@ -20,16 +20,16 @@ setup(
         "torchvision>=0.26",  # 0.26 is the release for torch 2.11; the pair must come from one index
         "tensorboard>=2.18",
         "pyyaml>=6",
-        "jsonargparse[signatures]>=4.44",  # reads the config dataclasses
+        "jsonargparse[signatures]>=4.53",  # reads the config dataclasses
         "docstring-parser>=0.16",  # turns the docstring under a field into its --help text
         "numpy>=2",
         "pillow>=11",
         "tqdm>=4.66",
-        f"nvidia-dali-cuda130>=2.1; {LINUX_X86}",
+        f"nvidia-dali-cuda130>=2.4; {LINUX_X86}",
     ],
     extras_require={
         # For a CUDA 12 driver: install this extra, then uninstall nvidia-dali-cuda130 (both own `nvidia.dali`).
-        "cuda12": [f"nvidia-dali-cuda120>=2.1; {LINUX_X86}"],
+        "cuda12": [f"nvidia-dali-cuda120>=2.4; {LINUX_X86}"],
         "dev": ["pytest>=8", "ruff>=0.12", "mypy>=1.16", "types-PyYAML", "types-tqdm"],
     },
 )
