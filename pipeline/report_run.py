@@ -135,7 +135,8 @@ def _read_pictures(samples: Path, run: Run) -> None:
     if reals:
         run.reals = _still(samples / "reals.png", reals)
     grids: list[tuple[int, Path, Image.Image]] = []
-    found = sorted(p for p in samples.glob("fakes-*.png") if re.fullmatch(r"fakes-\d+", p.stem))
+    names = (p for p in samples.glob("fakes-*.png") if re.fullmatch(r"fakes-\d+", p.stem))
+    found = sorted(names, key=lambda p: int(p.stem.removeprefix("fakes-")))  # names stop sorting at 10^9 images
     for path in (found[i] for i in evenly(len(found), MOST_FRAMES)):
         image = _open(path, run)
         if image:
