@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pipeline  # isort: skip  # noqa: F401  before torch, whose idle threads it sets
 import numpy as np
 import torch
 from PIL import Image

@@ -37,7 +37,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import pipeline  # isort: skip  # noqa: F401  before torch, whose idle threads it sets
 import torch
 
 from benchmarks import harness
