@@ -141,7 +141,7 @@ def test_a_run_begins_from_the_weights_of_another(tmp_path, faces, capsys):
     assert torch.equal(*states)
 
 
-def test_begin_anew_puts_the_old_run_aside(tmp_path, faces):
+def test_begin_anew_puts_the_old_run_aside(tmp_path, faces, capsys):
     assert train(tmp_path, faces) == 0
     assert train(tmp_path, faces, "--run.resume", "none", "--train.max_images", "4") == 0
     assert (tmp_path / "run/replaced-001/checkpoints/images-000000008/state.pt").exists()
@@ -149,6 +149,34 @@ def test_begin_anew_puts_the_old_run_aside(tmp_path, faces):
     named = tmp_path / "run/replaced-001/checkpoints/images-000000008"
     assert train(tmp_path, faces, "--run.resume", str(named), "--train.max_images", "12") == 0
     assert (tmp_path / "run/checkpoints/images-000000012").exists()
+    capsys.readouterr()
+    assert train(tmp_path, faces, "--run.resume", str(named), "--train.max_images", "16") == 0
+    assert "resuming after 12 images" in capsys.readouterr().err, "the same command goes on, not back to its beginning"
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_finished_by_the_same_command(tmp_path, faces, capsys):
+    assert train(tmp_path, faces) == 0
+    status = tmp_path / "run/status.json"
+    status.write_text(json.dumps(json.loads(status.read_text()) | {"state": "running", "exit_code": None}))
+    (tmp_path / "run/report.html").unlink()
+    capsys.readouterr()
+    assert train(tmp_path, faces) == 0
+    assert "this run is finished: 8 images seen, train.max_images is 8" in capsys.readouterr().err
+    found = json.loads(status.read_text())
+    assert (found["state"], found["exit_code"], found["images_seen"]) == ("finished", 0, 8)
+    assert (tmp_path / "run/report.html").exists()
+
+
+def test_a_damaged_newest_checkpoint_steps_aside_and_the_one_before_goes_on(tmp_path, faces, capsys):
+    assert train(tmp_path, faces, "--checkpoint.every_images", "4") == 0
+    weights = tmp_path / "run/checkpoints/images-000000008/state.pt"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert train(tmp_path, faces) == 0
+    said = capsys.readouterr().err
+    assert "state.pt does not match its manifest" in said
+    assert "resuming after 4 images" in said
+    names = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["images-000000004", "images-000000008", "images-000000008.abandoned"]
 
 
 @pytest.mark.parametrize("path", ["nowhere", "empty"])

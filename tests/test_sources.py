@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import struct
 import tarfile
 import zipfile
@@ -286,3 +287,9 @@ def test_encrypted_members_and_rare_methods_are_damaged_members(tmp_path: Path) 
     path.write_bytes(data)
     with pytest.raises(DamagedMember, match=r"b\.zip: a\.jpg is encrypted"):
         open_source(str(path)).read(0)
+
+
+def test_a_damaged_member_travels_between_ranks() -> None:
+    error = DamagedMember(Path("a.zip"), "b.jpg", "is cut short")
+    twin = pickle.loads(pickle.dumps(error))
+    assert (type(twin), str(twin), twin.reason) == (DamagedMember, str(error), "is cut short")
