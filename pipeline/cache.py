@@ -1,12 +1,13 @@
 """Decoded images kept: a file that the ranks of a machine map together, and that later runs map again.
 
 The file holds the uint8 windows of all images one after another, before their random part.  Beside it lies a .json of
-what it is and the CRC-32 of each of its parts.  It is named by dataset, geometry and decoder, so that another of
-these makes another file.
+what it is, the CRC-32 of each of its parts, and the files that proved bad: their rows show the next good image.  It is
+named by dataset, geometry and decoder, so that another of these makes another file.
 
-Building: the first rank takes a lock, reserves the space in a partial file, every rank fills a share of it, the first
-one syncs and renames.  A run killed halfway leaves a partial that the next one overwrites.  Lock and partial bear the
-machine's name: on a shared folder two machines never write to one file, and the last to rename leaves equal content.
+Building: the first rank takes a lock, reserves the space in a partial file, every rank fills a share of it and leaves
+a list of the bad files it met, the first one joins the lists, syncs and renames.  A run killed halfway leaves a partial
+that the next one overwrites.  Lock, partial and lists bear the machine's name: on a shared folder two machines never
+write to one file, and the last to rename leaves equal content.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from pipeline.decode import Decoder, Pixels, window_shape
 from pipeline.decode.pillow import PillowDecoder
 from pipeline.errors import StorageError
 from pipeline.index import Dataset, cache_folder
+from pipeline.samples import Samples, check_share
 from pipeline.sources import one_line, shown
 
 log = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ T = TypeVar("T")
 
 Kind = Literal["host", "device"]
 
-FORMAT = 1
+FORMAT = 2
 """Version of the file; another number is rebuilt."""
 
 PARTS = 256
@@ -125,8 +127,11 @@ def build_cache(
     local_world_size: int = 1,
     together: Callable[[Callable[[], Any]], Any] = _alone,
     progress: Callable[[int, int], None] | None = None,
+    samples: Samples | None = None,
 ) -> Cached:
     """Decode all images once, or take what an earlier run decoded.
+
+    A kept file in which more images are replaced than the settings allow is built again: the files may be mended.
 
     Args:
         device: where DALI decodes, and where a `device` cache lives.
@@ -134,11 +139,16 @@ def build_cache(
         together: runs an action on every rank and waits for all; a user's error of one is raised on each.  Called
             three times, whatever is found, so that it may join more ranks than this machine's.
         progress: told (images done, images in all) of this rank's share.
+        samples: reads the dataset's files and lists those that proved bad: each rank's those of its own share, of a
+            kept file the machine's first rank's all of them.  Between two shares one may stand in the lists of both,
+            so whoever counts over the ranks counts keys.  None: nobody asks for them.
 
     Raises:
-        DataError: an image cannot be decoded.
+        DataError: more files proved bad than the settings allow.
         StorageError: the folder has too little space, or cannot be written to.
     """
+    assert samples is None or samples.dataset is dataset
+    samples = samples or Samples(dataset)
     shape = len(dataset), *window_shape(cfg)
     path = cache_file(cache_folder(cfg), cfg, dataset.index.fingerprint, decoder, device)
     partial = path.with_name(f"{path.name}.{platform.node()}.partial")
@@ -149,28 +159,38 @@ def build_cache(
         "decoder": _decoder_name(decoder, device),
         "jpeg_fancy_upsampling": cfg.jpeg_fancy_upsampling or decoder == "pillow",
     }
+    bad_lists = [partial.with_suffix(f".{rank}.replaced") for rank in range(local_world_size)]
+    allowed = cfg.bad_allowed(len(dataset))
     leads = local_rank == 0
 
     def prepare() -> None:
         if leads:
             stack.enter_context(_locked(partial.with_suffix(".lock")))
-            partial.unlink(missing_ok=True)  # of a run that was killed
-            if not (_matches(path, facts) and _sums_hold(path, shape)):
-                for damaged in (_json_of(path), path):
-                    damaged.unlink(missing_ok=True)
-                stack.callback(partial.unlink, missing_ok=True)  # renamed by then, or of no use
-                _reserve(partial, math.prod(shape))
+            for left in (partial, *bad_lists):
+                left.unlink(missing_ok=True)  # of a run that was killed
+            if _matches(path, facts) and _sums_hold(path, shape) and len(_replaced(path)) <= allowed:
+                for key, reason in _replaced(path):
+                    samples.note(key, reason)
+                return
+            for damaged in (_json_of(path), path):
+                damaged.unlink(missing_ok=True)
+            for ours in (partial, *bad_lists):
+                stack.callback(ours.unlink, missing_ok=True)  # renamed by then, or of no use
+            _reserve(partial, math.prod(shape))
 
     def fill() -> None:
         if partial.exists():
             out = np.memmap(partial, np.uint8, "r+", shape=shape)
             start, stop = (len(dataset) * r // local_world_size for r in (local_rank, local_rank + 1))
-            _fill(out, start, stop, cfg, dataset, decoder, device, threads, progress)
+            _fill(out, start, stop, cfg, samples, decoder, device, threads, progress)
             out.flush()
+            bad_lists[local_rank].write_text(json.dumps(samples.replaced))
 
     def finish() -> None:
         if leads and partial.exists():
-            _finish(partial, path, facts, shape)
+            replaced = {key: reason for each in bad_lists for key, reason in json.loads(each.read_text())}
+            check_share(cfg, list(replaced.items()), len(dataset))
+            _finish(partial, path, facts | {"replaced": list(replaced.items())}, shape)
 
     with contextlib.ExitStack() as stack:
         for action in (prepare, fill, finish):
@@ -197,7 +217,7 @@ def _fill(
     start: int,
     stop: int,
     cfg: DataConfig,
-    dataset: Dataset,
+    samples: Samples,
     decoder: Decoder,
     device: torch.device,
     threads: int,
@@ -205,7 +225,8 @@ def _fill(
 ) -> None:
     """Decode items start..stop - 1 into their rows."""
     done = start
-    for windows in _windows(start, stop, cfg, dataset, decoder, device, threads):
+    for windows in _windows(start, stop, cfg, samples, decoder, device, threads):
+        check_share(cfg, samples.replaced, len(samples.dataset))  # where the disk is gone, not only at the end
         out[done : done + len(windows)] = windows
         done += len(windows)
         if progress:
@@ -213,20 +234,20 @@ def _fill(
 
 
 def _windows(
-    start: int, stop: int, cfg: DataConfig, dataset: Dataset, decoder: Decoder, device: torch.device, threads: int
+    start: int, stop: int, cfg: DataConfig, samples: Samples, decoder: Decoder, device: torch.device, threads: int
 ) -> Iterator[Pixels]:
     items = [np.arange(i, min(i + _BATCH, stop)) for i in range(start, stop, _BATCH)]
     if decoder == "dali":
         from pipeline.decode.dali import DaliDecoder
 
         nothing = Parameters(None, None, None, None)
-        dali = DaliDecoder(cfg, dataset, device=device, threads=threads, max_batch=_BATCH, augmented=False)
+        dali = DaliDecoder(cfg, samples, device=device, threads=threads, max_batch=_BATCH, augmented=False)
         with contextlib.closing(dali):
             for output in dali.images((batch, nothing) for batch in items):
                 yield torch.from_dlpack(output).cpu().numpy()
     else:
         height, width, channels = window_shape(cfg)
-        with contextlib.closing(PillowDecoder(dataset, (height, width), channels, threads)) as pillow:
+        with contextlib.closing(PillowDecoder(samples, (height, width), channels, threads)) as pillow:
             yield from pillow.windows(items)
 
 
@@ -238,9 +259,17 @@ def _matches(path: Path, facts: dict[str, Any]) -> bool:
     """Whether the file is complete and what facts say; its content is not read."""
     try:
         found = json.loads(_json_of(path).read_text())
-        return {key: found.get(key) for key in facts} == facts and path.stat().st_size == math.prod(facts["shape"])
-    except (FileNotFoundError, ValueError, AttributeError):  # absent, not JSON, JSON but no object
+        if {key: found.get(key) for key in facts} != facts or path.stat().st_size != math.prod(facts["shape"]):
+            return False
+        return all(isinstance(text, str) for key, reason in found["replaced"] for text in (key, reason))
+    # Absent, not JSON, JSON but no object, no list of pairs in it.
+    except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError):
         return False
+
+
+def _replaced(path: Path) -> list[tuple[str, str]]:
+    """Key and reason of each file whose row in this one shows another's image."""
+    return [(key, reason) for key, reason in json.loads(_json_of(path).read_text())["replaced"]]
 
 
 def _parts(images: Pixels) -> list[Pixels]:

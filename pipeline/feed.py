@@ -1,7 +1,7 @@
 """Batches for the trainer, read ahead in the background: source -> order -> decode or cache -> augment -> device.
 
-A batch is a function of (seed, images seen, this rank's slice) and of nothing else: neither prefetch depth nor thread
-count nor where a run was resumed changes a byte of it.
+A batch is a function of (seed, images seen, this rank's slice, which files are bad) and of nothing else: neither
+prefetch depth nor thread count nor where a run was resumed changes a byte of it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pipeline.decode import Decoder, Pixels, window_shape
 from pipeline.decode.pillow import PillowDecoder
 from pipeline.index import Dataset
 from pipeline.order import Order, Slice
+from pipeline.samples import Samples
 
 T = TypeVar("T")
 
@@ -39,7 +40,7 @@ class Feed(Protocol):
         """(n, H, W, C) uint8, contiguous, on the training device, augmented.
 
         Raises:
-            DataError: a file cannot be read or decoded; every later call raises it again.
+            DataError: no file of the dataset is good any more; every later call raises it again.
         """
         ...
 
@@ -168,6 +169,7 @@ def open_feed(
     threads: int,
     decoder: Decoder,
     cached: Cached | None,
+    samples: Samples | None = None,
 ) -> Feed:
     """A feed whose first batch is that of the step after images_seen images.
 
@@ -175,7 +177,10 @@ def open_feed(
         device: where batches are wanted; with DALI, a GPU also decodes.
         threads: decode threads, at least 1.
         cached: all images decoded; None: decode anew each time.
+        samples: reads the dataset's files and lists those that proved bad; None: nobody asks for them.
     """
+    assert samples is None or samples.dataset is dataset
+    samples = samples or Samples(dataset)
     wanted = batches(cfg, Order(seed, len(dataset)), shard, images_seen)
     on_gpu = device.type == "cuda"
 
@@ -198,11 +203,11 @@ def open_feed(
     if decoder == "dali":
         from pipeline.decode.dali import DaliDecoder, GpuHandOver
 
-        dali = DaliDecoder(cfg, dataset, device=device, threads=threads, max_batch=shard.per_rank)
+        dali = DaliDecoder(cfg, samples, device=device, threads=threads, max_batch=shard.per_rank)
         # DALI itself works cfg.prefetch batches ahead; one more waits here.
         return BackgroundFeed(dali.images(wanted), 1, GpuHandOver() if on_gpu else torch.from_dlpack, dali.close)
 
     height, width, channels = window_shape(cfg)
-    pillow = PillowDecoder(dataset, (height, width), channels, threads)
+    pillow = PillowDecoder(samples, (height, width), channels, threads)
     decoded = _decoded_by_pillow(cfg, pillow, wanted)
     return BackgroundFeed(_pinned(decoded, device) if on_gpu else decoded, cfg.prefetch, send, pillow.close)

@@ -1,6 +1,8 @@
 """What a user may hand to launch/train.py by mistake: one line that names it, an exit code, no half-written run."""
 
 import json
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from pipeline.cli import train as command
 from pipeline.face_set import write_faces
 from tests.images import bad_images
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--data.image_size", "16", "--model.nz", "4", "--model.ngf", "2", "--model.ndf", "2", "--train.batch_size", "4"]
 TINY += ["--train.max_images", "8", "--distributed.threads", "1", "--log.grid_size", "4", "--data.workers", "1"]
 
@@ -102,6 +105,46 @@ def test_bad_files_among_good_ones_are_left_out_named_and_trained_around(tmp_pat
     assert "files are left out: empty.jpg is empty, forged.jpg has 30000 x 30000 pixels" in caplog.text
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"
     assert train(tmp_path, mixed, "--data.strict", "true", "--run.dir", str(tmp_path / "strict")) == 65
+
+
+# Starts its arguments as a command and prints its exit code and its peak memory in KiB.  In a process of its own: a
+# child begins with the peak of the process that it is forked from, and that of pytest may be anything.
+PEAK_OF = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:])
+_, status, usage = os.wait4(process.pid, 0)
+process.returncode = os.waitstatus_to_exitcode(status)
+print(process.returncode, usage.ru_maxrss)
+"""
+
+
+def test_no_bad_file_makes_the_command_take_much_memory(tmp_path, faces):
+    """The peak of resident memory of the real command, as the system gives it when it ends.
+
+    About 940 MiB of it are interpreter, torch, DALI and the networks, bad files or none (CPU, 2026-11).  A decoder that
+    believed the headers of forged.jpg and forged.png would add 2.7 GB for each.
+    """
+    mixed = tmp_path / "mixed"
+    bad = bad_images(mixed)
+    for image in sorted(faces.glob("*.jpg")):
+        (mixed / image.name).write_bytes(image.read_bytes())
+    garbled = bytearray((mixed / "000003.jpg").read_bytes())
+    garbled[garbled.index(b"\xff\xc0") + 12] = 9  # a quantisation table that is not there, in a header that looks whole
+    (mixed / "000003.jpg").write_bytes(garbled)
+    places = {"data.dataroot": mixed, "run.dir": tmp_path / "run", "data.cache_dir": tmp_path / "cache"}
+    options = [word for key, path in places.items() for word in (f"--{key}", str(path))]
+    options += ["--data.cache", "host", "--data.max_bad_fraction", "0.5"]
+    command = [sys.executable, "-c", PEAK_OF, sys.executable, str(ROOT / "launch/train.py"), *TINY, *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    code, peak_kib = map(int, done.stdout.split()[-2:])
+    assert code == 0, done.stderr
+    assert peak_kib < 2_000_000
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["files_left_out"]) == ("finished", len(bad))
+    rejected = next((tmp_path / "cache").rglob("rejected.txt")).read_text()
+    assert sorted(line.split("\t")[0] for line in rejected.splitlines()) == sorted(path.name for path in bad.values())
+    replaced = json.loads(next((tmp_path / "cache").glob("decoded-*.json")).read_text())["replaced"]
+    assert [key for key, _ in replaced] == ["000003.jpg"]
 
 
 def test_a_run_refuses_other_settings_and_other_data(tmp_path, faces, capsys):

@@ -255,6 +255,22 @@ def test_a_tar_cut_between_two_members_is_refused(tmp_path: Path) -> None:
         open_source(str(path))
 
 
+def test_an_archive_cut_after_it_was_opened_is_an_error_beyond_its_end(tmp_path: Path) -> None:
+    """Where a page is gone, reading the map itself would end the process with SIGBUS."""
+    files = {f"{i}.jpg": bytes([i]) * 9000 for i in range(4)}
+    for path in (zip_of(tmp_path / "cut.zip", files), tar_of(tmp_path / "cut.tar", files)):
+        mapped, not_yet = open_source(str(path)), open_source(str(path))
+        mapped.read(0)
+        with path.open("rb+") as file:
+            file.truncate(20_000)
+        for source in (mapped, not_yet):
+            assert source.read(0).tobytes() == files["0.jpg"]
+            for item in (2, 3):
+                with pytest.raises(DataError, match=r"has 20000 bytes, and had|beyond the tar's present end") as error:
+                    source.read(item)
+                assert str(path) in one_line(error)
+
+
 @pytest.mark.parametrize("name", ["../x.jpg", "a/../../x.jpg", "/x.jpg", "..\\x.jpg", "C:\\x.jpg"])
 def test_a_member_outside_its_archive_refuses_the_archive(tmp_path: Path, name: str) -> None:
     for path in (

@@ -20,6 +20,7 @@ from pipeline.decode import Pixels
 from pipeline.errors import DataError
 from pipeline.geometry import place
 from pipeline.index import Dataset
+from pipeline.samples import Samples
 from pipeline.sources import one_line, shown
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -118,19 +119,26 @@ def alpha_window(data: Pixels, size: tuple[int, int], name: str, window: tuple[i
 
 
 class PillowDecoder:
-    """Windows of a dataset's items, decoded by `threads` threads."""
+    """Windows of a dataset's items, decoded by `threads` threads; a bad file's is that of the next good one."""
 
-    def __init__(self, dataset: Dataset, window: tuple[int, int], channels: int, threads: int) -> None:
+    def __init__(self, source: Samples | Dataset, window: tuple[int, int], channels: int, threads: int) -> None:
         assert threads >= 1
-        self.dataset = dataset
+        self.samples = Samples.of(source)
         self.window = window
         self.channels = channels
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pillow")
 
     def _fill(self, out: Pixels, items: np.ndarray) -> None:
         for row, item in zip(out, items.tolist(), strict=True):
-            data, size, name = self.dataset.read(item), self.dataset.size(item), self.dataset.key(item)
-            row[...] = decode(data, size, self.window, self.channels, name)
+            row[...] = self._decoded(item)
+
+    def _decoded(self, item: int) -> Pixels:
+        while True:
+            sample = self.samples.read(item)
+            try:
+                return decode(sample.data, sample.size, self.window, self.channels, sample.key)
+            except DataError as error:
+                self.samples.reject(sample.item, error)
 
     def _submit(self, items: np.ndarray) -> tuple[Pixels, list[Future[None]]]:
         out = np.empty((len(items), *self.window, self.channels), np.uint8)
@@ -143,7 +151,7 @@ class PillowDecoder:
         The threads begin a batch while the one before it is finished, so that none idles at its end.
 
         Raises:
-            DataError: a file cannot be decoded; names the file.
+            DataError: no file of the dataset is good any more.
         """
         begun: list[tuple[Pixels, list[Future[None]]]] = []
         for items in batches:
