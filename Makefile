@@ -17,11 +17,11 @@ else
   READY_DEV := $(VENV)/.ready-dev
 endif
 
-# torchrun only where there are several ranks: it costs some seconds at the start.
+# torchrun, in its wrapper, only where there are several ranks: it costs some seconds at the start.
 ifeq ($(NPROC),1)
   LAUNCH := $(PYTHON)
 else
-  LAUNCH := $(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC)
+  LAUNCH := $(PYTHON) launch/run.py --standalone --nproc_per_node=$(NPROC)
 endif
 
 # A --config in ARGS replaces the default one.
@@ -33,13 +33,15 @@ else
   CONFIG := --config configs/portraits64.yaml
 endif
 
-.PHONY: help train test test-gpu test-system lint format bench clean
+.PHONY: help train test test-faults soak test-gpu test-system lint format bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train [DATA=path] [NPROC=n] [ARGS='--train.num_epochs 10']"
 	@echo "                   train; without DATA on cartoon faces that are drawn first; the same command again resumes"
 	@echo "make test          the test suite"
+	@echo "make test-faults   runs that are killed, stopped, starved and misled, for minutes"
+	@echo "make soak          200 random kills of a short training, for half an hour"
 	@echo "make test-gpu      every check that needs a CUDA device, and the GPU benchmarks"
 	@echo "make test-system   tests that need root or Debian packages (chromium)"
 	@echo "make lint          ruff and mypy"
@@ -66,6 +68,12 @@ endif
 
 test: $(READY_DEV)
 	$(PYTHON) -m pytest -rs
+
+test-faults: $(READY_DEV)
+	$(PYTHON) -m pytest -m faults -rs
+
+soak: $(READY_DEV)
+	$(PYTHON) -m tests.soak --kills 200
 
 test-gpu: $(READY_DEV)
 	$(PYTHON) -m pytest -m gpu -rs

@@ -7,6 +7,11 @@ What the result lines claim, by variant:
                      log.every_steps steps; one rank.  `ratio_to_tutorial` is its images/s over the tutorial's.
     trainer-fp32     the same in float32: what the arrangement brings without the arithmetic.
     trainer-nocache  the same as trainer with data.cache none: every image is decoded each time it is used.
+    trainer-unwatched  the same without the vote at every step, the finite check and the watchdogs that every run has.
+    trainer-saving   the same as trainer with a checkpoint in every block.  `checkpoint_s` is what one costs, in seconds
+                     that the block took longer than the trainer's beside it; `checkpoint_stall_ms` how long it held up
+                     the loop.  On the trainer's line, `care_percent` is what vote, watchdogs and a checkpoint every
+                     checkpoint.every_images take of images/s together.
     bare-step        the trainer's own step, on one batch and one set of latents that stay in memory: what is left when
                      nothing feeds, logs or draws.  `ratio_to_bare_step` is a trainer's images/s over this.
 How: all variants run in turns in one process, blocks of --steps steps, --pairs rounds, the order reversed every other
@@ -26,148 +31,38 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import io
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from benchmarks import harness
+from benchmarks.arms import Arm, BareStep, TrainerArm
 from benchmarks.harness import Recorder, say
 from benchmarks.plain_loop import CHANNELS, PlainLoop
 from pipeline import precision
-from pipeline.assembly import Plan, build_step, make_plan
-from pipeline.cache import build_cache
 from pipeline.cli import command
 from pipeline.cli.options import parse, to_yaml
 from pipeline.config import Config, ConfigError
 from pipeline.distributed import Ranks, num_threads
 from pipeline.environment import ROOT
 from pipeline.errors import UserError
-from pipeline.feed import open_feed
 from pipeline.index import Dataset, open_dataset
-from pipeline.loop import Maintenance, train
-from pipeline.meters import Log, Meters, Progress, Timing
-from pipeline.order import Slice
-from pipeline.philox import Stream
-from pipeline.sampling import latents
 from pipeline.sources import FolderSource
 
-PARTS = ("trainer-fp32", "tutorial", "trainer", "bare-step", "trainer-nocache", "memory")
+USUAL_PARTS = ("trainer-fp32", "tutorial", "trainer", "bare-step", "trainer-nocache", "memory")
+PARTS = (*USUAL_PARTS[:4], "trainer-unwatched", "trainer-saving", *USUAL_PARTS[4:])
 """In the order of their turns: what is compared most closely stands side by side."""
 WARM_UP_STEPS = 4
 MEMORY_STEPS = 6
 """Steps of the run whose memory is measured: nothing grows after the second (2026-11)."""
-
-
-class Arm(Protocol):
-    """One side of a comparison."""
-
-    @property
-    def wait_s(self) -> float:
-        """Seconds it has waited for data so far."""
-        ...
-
-    def run(self, steps: int) -> float:
-        """Do so many steps; the seconds taken."""
-        ...
-
-    def close(self) -> None:
-        """End its threads and processes."""
-        ...
-
-
-class TrainerArm:
-    """The trainer, in blocks of steps: what pipeline.trainer puts together, without checkpoints and pictures."""
-
-    def __init__(self, cfg: Config, dataset: Dataset, ranks: Ranks, folder: Path) -> None:
-        self.cfg, self.device = cfg, ranks.device
-        self.plan: Plan = make_plan(cfg, dataset, ranks)
-        precision.apply(self.plan.precision, deterministic=cfg.run.deterministic)
-        self.step = build_step(cfg, self.plan, ranks)
-        self.shard = Slice(cfg.train.batch_size)
-        self.images_seen = 0
-        threads = cfg.data.workers or num_threads(cfg.distributed, 1)
-        cached = None
-        if self.plan.cache != "none":
-            cached = build_cache(
-                cfg.data, dataset, decoder=self.plan.decoder, kind=self.plan.cache, device=ranks.device, threads=threads
-            )
-        self.feed = open_feed(
-            cfg.data, dataset, seed=cfg.run.seed, shard=self.shard, device=ranks.device, images_seen=0, threads=threads,
-            decoder=self.plan.decoder, cached=cached,
-        )  # fmt: skip
-        folder.mkdir()
-        self.meters = Meters(ranks.device, 1)
-        self.progress = Progress(0, self.plan.total_images, len(dataset))
-        self.log = Log(folder, self.progress, io.StringIO())
-        self.timing = Timing(self.feed, 0.0)
-        self.maintenance = [Maintenance(cfg.log.every_steps * cfg.train.batch_size, self._log_row)]
-
-    @property
-    def wait_s(self) -> float:
-        return self.feed.wait_s
-
-    def _log_row(self, seen: int) -> None:
-        row = {"images_seen": seen, "epoch": seen / self.progress.num_images}
-        row |= self.meters.read() | self.timing.read(seen - self.progress.images_seen, 1)
-        self.progress.images_seen = seen
-        self.log.write(row, self.progress)
-
-    def run(self, steps: int) -> float:
-        """The next steps of one long run.  A log line comes every log.every_steps and at the end of each block."""
-        precision.apply(self.plan.precision, deterministic=self.cfg.run.deterministic)
-        start = time.perf_counter()
-        self.images_seen = train(
-            self.step,
-            self.feed,
-            self.meters,
-            self.maintenance,
-            seed=self.cfg.run.seed,
-            shard=self.shard,
-            nz=self.cfg.model.nz,
-            images_seen=self.images_seen,
-            num_steps=self.images_seen // self.cfg.train.batch_size + steps,
-            on_step=lambda _seen: self.log.advance(self.cfg.train.batch_size),
-        )
-        harness.wait_for(self.device)
-        return time.perf_counter() - start
-
-    def close(self) -> None:
-        self.feed.close()
-        self.log.close()
-
-
-class BareStep:
-    """The step of a trainer that is already there, on what lies in memory."""
-
-    wait_s = 0.0
-
-    def __init__(self, trainer: TrainerArm) -> None:
-        # The trainer's own networks: trained on one batch alone, others would soon compute with other magnitudes.
-        self.trainer = trainer
-        self.images = trainer.feed.next().clone()
-        count, nz = len(self.images), trainer.cfg.model.nz
-        self.latents = latents(trainer.cfg.run.seed, Stream.LATENT, 0, count, nz, trainer.device)
-
-    def run(self, steps: int) -> float:
-        trainer = self.trainer
-        precision.apply(trainer.plan.precision, deterministic=trainer.cfg.run.deterministic)
-        start = time.perf_counter()
-        for _ in range(steps):
-            trainer.step(self.images, self.latents, trainer.images_seen, trainer.cfg.train.batch_size)
-        harness.wait_for(trainer.device)
-        return time.perf_counter() - start
-
-    def close(self) -> None:
-        pass
 
 
 def files_of(dataset: Dataset, folder: Path) -> list[Path]:
@@ -224,7 +119,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--pairs", type=command.at_least(1), default=10, help="blocks of each variant")
     parser.add_argument("--steps", type=command.at_least(1), default=20, help="steps of a block")
     parser.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16", "fp16"), help="of the trainer")
-    parser.add_argument("--parts", default=",".join(PARTS), help="which variants, by default %(default)s")
+    parser.add_argument("--parts", default=",".join(USUAL_PARTS), help="which variants, by default %(default)s")
     args, settings = parser.parse_known_args(argv)
     args.parts = [p for p in args.parts.split(",") if p]
     for part in args.parts:
@@ -273,8 +168,8 @@ def build_arms(
         )
         stack.callback(found["tutorial"].close)
 
-    def add(name: str, own: Config) -> TrainerArm:
-        arm = TrainerArm(own, dataset, ranks, folder / name)
+    def add(name: str, own: Config, **options: bool) -> TrainerArm:
+        arm = TrainerArm(own, dataset, ranks, folder / name, **options)
         stack.callback(arm.close)
         found[name] = arm
         return arm
@@ -283,6 +178,10 @@ def build_arms(
         trainer = add("trainer", cfg)
         if "bare-step" in parts:
             found["bare-step"] = BareStep(trainer)
+    if "trainer-unwatched" in parts:
+        add("trainer-unwatched", cfg, watched=False)
+    if "trainer-saving" in parts:
+        add("trainer-saving", cfg, saving=True)
     if "trainer-nocache" in parts:
         add("trainer-nocache", without_cache(cfg))
     if "trainer-fp32" in parts:
@@ -313,6 +212,32 @@ def facts_of(arm: Arm, cfg: Config, dataset: Dataset) -> dict[str, Any]:
         "data": Path(cfg.data.dataroot).name,
         "num_images": len(dataset),
     }
+
+
+def care(seconds: dict[str, list[float]], cfg: Config, steps: int) -> dict[str, Any]:
+    """What looking after a run costs: the share of the vote and the watchdogs, and with that of its checkpoints.
+
+    The blocks of a round are one pair; a median over the rounds with its 95 % bootstrap interval.
+    """
+    found: dict[str, Any] = {}
+    watched = seconds["trainer"]
+    if "trainer-unwatched" not in seconds:
+        return found
+    bare = seconds["trainer-unwatched"]
+    shares = [100 * (w / b - 1) for w, b in zip(watched, bare, strict=True)]
+    estimate = harness.estimate(shares)
+    found |= {"watch_percent": estimate.median, "watch_percent_interval": [estimate.low, estimate.high]}
+    if "trainer-saving" in seconds and cfg.checkpoint.every_images:
+        checkpoint_s = [s - w for s, w in zip(seconds["trainer-saving"], watched, strict=True)]
+        # Seconds of unwatched training between two checkpoints of a real run.
+        between = [b / steps / cfg.train.batch_size * cfg.checkpoint.every_images for b in bare]
+        both = harness.estimate([w + 100 * c / s for w, c, s in zip(shares, checkpoint_s, between, strict=True)])
+        found |= {
+            "checkpoint_s": statistics.median(checkpoint_s),
+            "checkpoint_every_images": cfg.checkpoint.every_images,
+        }
+        found |= {"care_percent": both.median, "care_percent_interval": [both.low, both.high]}
+    return found
 
 
 def measure(args: argparse.Namespace, cfg: Config, recorder: Recorder) -> None:
@@ -346,6 +271,13 @@ def measure(args: argparse.Namespace, cfg: Config, recorder: Recorder) -> None:
                 facts |= {
                     "ratio_to_bare_step": to_bare.median,
                     "ratio_to_bare_step_interval": [to_bare.low, to_bare.high],
+                }
+            if name == "trainer":
+                facts |= care(seconds, cfg, args.steps)
+            if isinstance(arm, TrainerArm) and arm.stall_ms:
+                facts |= {
+                    "checkpoint_stall_ms": statistics.median(arm.stall_ms),
+                    "checkpoint_stall_ms_most": max(arm.stall_ms),
                 }
             facts |= peaks.get(name, {}) | {"block_s": seconds[name]}
             to_tutorial = harness.ratios(seconds["tutorial"], seconds[name]) if "tutorial" in seconds else None
@@ -388,6 +320,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"device {first['device']}; {args.pairs} rounds of {args.steps} steps; medians [95 % interval]"
         )
         print(summary(recorder.rows))
+        for row in recorder.rows:
+            if "watch_percent" in row:
+                low, high = row["watch_percent_interval"]
+                print(f"vote and watchdogs take {row['watch_percent']:.2f} % [{low:.2f}, {high:.2f}] of the images/s")
+            if "care_percent" in row:
+                low, high = row["care_percent_interval"]
+                print(
+                    f"with a checkpoint every {row['checkpoint_every_images']:,} images, of "
+                    f"{row['checkpoint_s']:.2f} s each, they take "
+                    f"{row['care_percent']:.2f} % [{low:.2f}, {high:.2f}]"
+                )
+            if "checkpoint_stall_ms" in row:
+                print(
+                    f"a checkpoint holds the loop up for {row['checkpoint_stall_ms']:.0f} ms, at most "
+                    f"{row['checkpoint_stall_ms_most']:.0f}"
+                )
 
     return command.run("benchmarks.train", body)
 

@@ -76,6 +76,8 @@ def build_step(cfg: Config, plan: Plan, ranks: Ranks) -> Step:
         ema_half_life_images=cfg.optim.ema_half_life_images,
         # SyncBatchNorm knows no groups: real and fake then go one after the other.
         joint=ranks.device.type == "cuda" and not cfg.distributed.sync_batchnorm,
+        guarded=cfg.watch.skip_non_finite,
+        min_loss_scale=cfg.watch.min_loss_scale,
     )
 
 

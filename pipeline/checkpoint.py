@@ -15,10 +15,10 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -70,22 +70,27 @@ def _set_buffers(players: Players, values: Tensor) -> None:
     assert place == values.numel()
 
 
-def _on_cpu(value: Any) -> Any:
-    """A copy that training cannot change any more."""
+def _copied(value: Any, take: Callable[[Tensor], Tensor]) -> Any:
+    """The same plain values with tensors that training cannot change any more."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return take(value.detach())
     if isinstance(value, dict):
-        return {k: _on_cpu(v) for k, v in value.items()}
+        return {k: _copied(v, take) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_on_cpu(v) for v in value]
+        return [_copied(v, take) for v in value]
     return value
 
 
-def snapshot(players: Players, rank_buffers: list[Tensor]) -> State:
+def _to_cpu(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True)
+
+
+def snapshot(players: Players, rank_buffers: list[Tensor], take: Callable[[Tensor], Tensor] = _to_cpu) -> State:
     """Everything that changes during training, copied to the CPU.
 
     Args:
         rank_buffers: `buffers_of` of every rank, in rank order.
+        take: copies a tensor.
     """
     parts = {
         "generator": players.generator.state_dict(),
@@ -96,7 +101,7 @@ def snapshot(players: Players, rank_buffers: list[Tensor]) -> State:
         "scaler_g": players.scaler_g.state_dict(),
         "scaler_d": players.scaler_d.state_dict(),
     }
-    state: State = _on_cpu(parts)
+    state: State = _copied(parts, take)
     state["rank_buffers"] = rank_buffers
     return state
 
@@ -141,6 +146,21 @@ def restore_weights(players: Players, state: State) -> None:
         value.copy_(state["ema"].get(name, live[name].detach()))
 
 
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; under another name first, so that a kill in between leaves nothing that looks like one."""
+    aside = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
+def clear_leftovers(run: Path) -> None:
+    """Delete what a killed process left half written or half removed."""
+    for pattern in (".images-*.partial", ".images-*.removed"):
+        for folder in (run / "checkpoints").glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)  # in the way of nothing, should it stay
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -149,8 +169,13 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write(run: Path, state: State, config_yaml: str, manifest: dict[str, Any]) -> Path:
+def write(
+    run: Path, state: State, config_yaml: str, manifest: dict[str, Any], pause: Callable[[], None] = lambda: None
+) -> Path:
     """Write one checkpoint and return its folder.
+
+    Args:
+        pause: called between its first file and the others; for tests.
 
     Raises:
         StorageError: the disk is full or cannot be written; nothing of the attempt stays.
@@ -170,9 +195,10 @@ def write(run: Path, state: State, config_yaml: str, manifest: dict[str, Any]) -
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            pause()
         _sync(aside)
         if final.exists():  # one that did not match its manifest, or a run begun anew
-            shutil.rmtree(final)
+            remove(final)
         aside.rename(final)
         _sync(final.parent)
     except OSError as error:
@@ -211,7 +237,7 @@ def count_of(folder: Path) -> int:
     return int(folder.name.removeprefix("images-"))
 
 
-def _folders(run: Path) -> list[Path]:
+def folders(run: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first; by number, since names stop sorting at 10^9 images."""
     found = (p for p in (run / "checkpoints").glob("images-*") if _NAME.fullmatch(p.name) and p.is_dir())
     return sorted(found, key=count_of)
@@ -226,7 +252,7 @@ def set_aside_after(run: Path, images_seen: int) -> list[Path]:
         StorageError: the disk refused.
     """
     aside = []
-    for folder in _folders(run):
+    for folder in folders(run):
         if count_of(folder) > images_seen:
             target = folder.with_name(f"{folder.name}.abandoned")
             try:
@@ -237,9 +263,15 @@ def set_aside_after(run: Path, images_seen: int) -> list[Path]:
     return aside
 
 
-def newest(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest checkpoint of a run that matches its manifest; what is passed over is said."""
-    for folder in reversed(_folders(run)):
+def newest(run: Path, say: Callable[[str], None] = print, *, below: int | None = None) -> Checkpoint | None:
+    """The newest checkpoint of a run that matches its manifest; what is passed over is said.
+
+    Args:
+        below: only those of fewer images.
+    """
+    for folder in reversed(folders(run)):
+        if below is not None and count_of(folder) >= below:
+            continue
         try:
             return verify(folder)
         except StorageError as error:
@@ -250,14 +282,23 @@ def newest(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
 def load(checkpoint: Checkpoint) -> State:
     """A checkpoint's state, on the CPU; no code in it can run.
 
+    What is read is held against the manifest once more: the manifest may come from another rank, the bytes do not.
+
     Raises:
-        StorageError: this machine does not see the folder.
+        StorageError: this machine does not see the folder, or sees other bytes in it.
     """
+    shared = "run.dir must be on a disk that every machine of the run sees"
+    path = checkpoint.folder / "state.pt"
     try:
-        state: State = torch.load(checkpoint.folder / "state.pt", map_location="cpu", weights_only=True)
+        content = path.read_bytes()
     except OSError as error:
-        reason = f"{error.strerror}; run.dir must be on a disk that every machine of the run sees"
-        raise StorageError(f"cannot read the checkpoint {checkpoint.folder}: {reason}") from None
+        raise StorageError(f"cannot read the checkpoint {checkpoint.folder}: {error.strerror}; {shared}") from None
+    if hashlib.sha256(content).hexdigest() != checkpoint.manifest["files"]["state.pt"]["sha256"]:
+        raise StorageError(f"{path} is not the file of the manifest that rank 0 chose; {shared}")
+    try:
+        state: State = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:  # a whole file, made by someone else
+        raise StorageError(f"{path} holds no state that may be read: {str(error).splitlines()[0]}") from None
     return state
 
 
@@ -295,56 +336,3 @@ def open_generator(path: Path, *, weights: Literal["ema", "live"] = "ema") -> tu
     generator = Generator(config.model.nz, config.model.ngf, config.data.nc, *config.data.size)
     generator.load_state_dict(state["generator"] | (state["ema"] if weights == "ema" else {}))
     return generator, config, checkpoint.images_seen
-
-
-class Writer:
-    """Writes checkpoints off the training thread, one at a time, and removes the old ones."""
-
-    def __init__(self, run: Path, keep: int, milestone_images: list[int]) -> None:
-        self.run, self.keep, self.milestone_images = run, keep, sorted(milestone_images)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[Path] | None = None
-        self.last: Path | None = None
-
-    def save(self, state: State, config_yaml: str, manifest: dict[str, Any]) -> None:
-        """Begin writing; waits for the write before it.
-
-        Raises:
-            StorageError: the write before this one failed.
-        """
-        self.wait()
-        self._pending = self._pool.submit(self._write, state, config_yaml, manifest)
-
-    def _write(self, state: State, config_yaml: str, manifest: dict[str, Any]) -> Path:
-        folder = write(self.run, state, config_yaml, manifest)
-        self.last = folder
-        self._prune()
-        return folder
-
-    def _prune(self) -> None:
-        """Remove all but the newest `keep` and, of each milestone, the first checkpoint that reached it."""
-        folders = _folders(self.run)
-        counts = [count_of(p) for p in folders]
-        stays = set(counts[-self.keep :])
-        for milestone in self.milestone_images:
-            stays |= set([c for c in counts if c >= milestone][:1])
-        for folder, count in zip(folders, counts, strict=True):
-            if count not in stays:
-                try:
-                    shutil.rmtree(folder)
-                except OSError as error:
-                    raise StorageError(f"cannot remove the old checkpoint {folder}: {error.strerror}") from None
-
-    def wait(self) -> None:
-        """Return once nothing is being written.
-
-        Raises:
-            StorageError: the write failed.
-        """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def close(self) -> None:
-        """Wait for the write in flight and end the thread."""
-        self._pool.shutdown(wait=True)

@@ -59,6 +59,9 @@ class DataConfig:
     """Jitter: the hue is turned by an angle from [-x, x] degrees. 0 to 180; nc of 3 or 4."""
     strict: bool = False
     """Stop at the first unreadable file instead of leaving it out."""
+    max_bad_fraction: float = 0.01
+    """Share of the images that may prove bad while training, each replaced by the next one; beyond it the run stops.
+    0 to 1; data.strict makes it 0."""
     max_pixels: int = 64_000_000
     """A header that promises more pixels than this is refused before a decoder sees it. At least 4096."""
     hw_decoder_load: float = 0.65
@@ -78,7 +81,7 @@ class DataConfig:
         _require(self.workers >= 0, "data.workers", "at least 0", self.workers)
         _require(self.prefetch >= 1, "data.prefetch", "at least 1", self.prefetch)
         _require(self.crop_margin >= 0, "data.crop_margin", "at least 0", self.crop_margin)
-        for key in ("brightness", "contrast", "saturation", "hw_decoder_load"):
+        for key in ("brightness", "contrast", "saturation", "max_bad_fraction", "hw_decoder_load"):
             value = getattr(self, key)
             _require(0 <= value <= 1, f"data.{key}", "between 0 and 1", value)
         _require(0 <= self.hue <= 180, "data.hue", "between 0 and 180 degrees", self.hue)
@@ -97,6 +100,11 @@ class DataConfig:
         if isinstance(self.image_size, Sequence):
             return self.image_size[0], self.image_size[-1]
         return self.image_size, self.image_size
+
+    def bad_allowed(self, num_images: int) -> int:
+        """How many of num_images may prove bad while training."""
+        # 0.29 * 100 is 28.999999999999996 in floating point, and means 29.
+        return 0 if self.strict else math.floor(self.max_bad_fraction * num_images + 1e-9)
 
 
 def num_halvings(height: int, width: int) -> int:
@@ -163,6 +171,8 @@ class TrainConfig:
     """Walks through the dataset, as a fraction where wanted. Above 0."""
     max_images: int = 0
     """Images after which training ends, if num_epochs does not end it sooner; 0: no such limit."""
+    max_minutes: float = 0.0
+    """Minutes after which this start saves and stops as if preempted, for a queue's time limit; 0: no such limit."""
     mode: Literal["auto", "eager", "reference"] = "auto"
     """How a step runs: reference is the tutorial's arrangement, eager a faster one of equal results; auto: eager."""
     channels_last: bool = True
@@ -172,6 +182,7 @@ class TrainConfig:
         _require(self.batch_size >= 2, "train.batch_size", "at least 2", self.batch_size)
         _require(0 < self.num_epochs < math.inf, "train.num_epochs", "above 0 and finite", self.num_epochs)
         _require(self.max_images >= 0, "train.max_images", "at least 0", self.max_images)
+        _require(0 <= self.max_minutes < math.inf, "train.max_minutes", "at least 0 and finite", self.max_minutes)
 
     def num_steps(self, num_images: int) -> int:
         """Steps of a whole run over a dataset of num_images: ceil(min(num_epochs * len, max_images) / batch_size)."""
@@ -219,6 +230,47 @@ class CheckpointConfig:
             "at least 1 each",
             self.milestone_images,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    skip_non_finite: bool = True
+    """Leave out an update whose gradients are not finite, on all ranks alike."""
+    max_skipped_steps: int = 10
+    """So many of them in a row, and the run goes back to its last good checkpoint and on with other images. At least 1.
+    With fp16, only those at min_loss_scale count."""
+    max_rollbacks: int = 3
+    """Going back so often without getting past the trouble ends the run with 76. At least 0."""
+    min_loss_scale: float = 1.0
+    """Where fp16's loss scale halves no further. Above 0."""
+    on_collapse: Literal["alert", "stop", "rollback"] = "alert"
+    """What a collapse leads to: a line in log, TensorBoard and status.json; besides, the end with 76, or going back."""
+    collapse_images: int = 20_000
+    """A collapse is one of the next two for so many images. At least 1; 0: nobody looks."""
+    min_loss_d: float = 0.01
+    """D has won, and G learns nothing more, while D's loss is below this. At least 0."""
+    min_diversity: float = 0.05
+    """G draws one picture while its images differ less than this share of what the real ones do. 0 to 1."""
+    slow_rank_ratio: float = 1.5
+    """A rank is named when its own part of a step takes so many times the median rank's. Above 1; 0: nobody looks."""
+    hang_s: int = 900
+    """Seconds without a step, then: every thread's stack into the run folder, and out. At least 1; 0: nobody looks.
+    More than distributed.step_timeout_s, which ends a rank that only waits for another."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_skipped_steps >= 1, "watch.max_skipped_steps", "at least 1", self.max_skipped_steps)
+        _require(self.max_rollbacks >= 0, "watch.max_rollbacks", "at least 0", self.max_rollbacks)
+        _require(0 < self.min_loss_scale < math.inf, "watch.min_loss_scale", "above 0 and finite", self.min_loss_scale)
+        _require(self.collapse_images >= 0, "watch.collapse_images", "at least 0", self.collapse_images)
+        _require(0 <= self.min_loss_d < math.inf, "watch.min_loss_d", "at least 0 and finite", self.min_loss_d)
+        _require(0 <= self.min_diversity <= 1, "watch.min_diversity", "between 0 and 1", self.min_diversity)
+        _require(
+            self.slow_rank_ratio == 0 or 1 < self.slow_rank_ratio < math.inf,
+            "watch.slow_rank_ratio",
+            "0 or above 1 and finite",
+            self.slow_rank_ratio,
+        )
+        _require(self.hang_s >= 0, "watch.hang_s", "at least 0", self.hang_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +326,8 @@ class Config:
     """Many ranks."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """What is saved."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    """What is noticed when training goes wrong, and what follows."""
     log: LogConfig = field(default_factory=LogConfig)
     """What is shown."""
     run: RunConfig = field(default_factory=RunConfig)

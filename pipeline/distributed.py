@@ -91,9 +91,26 @@ def num_threads(cfg: DistributedConfig, local_world_size: int) -> int:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one.  Not after an error: with a rank gone it may wait for ever."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error only says that another rank is gone or does not answer."""
+    known = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+    # gloo has no type of its own: its RuntimeErrors begin with the place in its source.
+    return isinstance(error, known) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def restart_count() -> int:
+    """How often torchrun has started this rank's group anew; 0: the first start, or none of torchrun's."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def shorten_timeout(seconds: int) -> None:

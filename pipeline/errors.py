@@ -1,7 +1,7 @@
 """What can go wrong for a user, each with the exit code that a wrapper script sees.
 
 A message is one line: the file or field, the rule, what was found.  0 done, 2 config (pipeline.config.ConfigError),
-65 data, 74 input or output.
+65 data, 74 input or output, 75 stopped before the end and to be started again, 76 diverged.
 """
 
 from __future__ import annotations
@@ -29,3 +29,20 @@ class StorageError(UserError):
     """The disk: full, read-only, a checkpoint that does not match its manifest."""
 
     exit_code = 74
+
+
+class Diverged(UserError):
+    """Training that cannot be brought back to finite numbers, or has collapsed where watch.on_collapse says stop."""
+
+    exit_code = 76
+
+
+class Preempted(Exception):
+    """Told to stop before the end: by a signal, or by train.max_minutes.  Raised at the same step on every rank."""
+
+    exit_code = 75
+
+    def __init__(self, reason: str, images_seen: int = 0) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.images_seen = images_seen

@@ -43,12 +43,14 @@ def train(
     images_seen: int,
     num_steps: int,
     on_step: Callable[[int], None],
+    order_offset: int = 0,
 ) -> int:
     """Train until num_steps steps of shard.batch_size images are done, counted from the start of the run.
 
     Args:
         images_seen: images of the steps already done; a multiple of the batch size unless that was changed on resume.
         on_step: called after every step with images_seen.
+        order_offset: images by which the order runs ahead of images_seen, since going back took others.
 
     Returns:
         images_seen at the end.
@@ -56,9 +58,9 @@ def train(
     total = num_steps * shard.batch_size
     while images_seen < total:
         images = feed.next()
-        numbers = torch.from_numpy(shard.numbers(images_seen)).to(images.device, non_blocking=True)
+        numbers = torch.from_numpy(shard.numbers(images_seen + order_offset)).to(images.device, non_blocking=True)
         latents = normal(seed, Stream.LATENT, numbers, nz)
-        meters.add(step(images, latents, images_seen, shard.batch_size))
+        meters.add(step(images, latents, images_seen, shard.batch_size), step.skipped)
         before, images_seen = images_seen, images_seen + shard.batch_size
         on_step(images_seen)
         for entry in maintenance:

@@ -32,6 +32,8 @@ _TAGS = {
     "d_real": "D(x)",
     "d_fake_before": "D(G(z))/before",
     "d_fake_after": "D(G(z))/after",
+    "diversity": "Progress/diversity",
+    "skipped_steps": "Progress/skipped_steps",
     "epoch": "Progress/epoch",
     "images_seen": "Progress/images",
     "learning_rate": "Progress/learning_rate",
@@ -81,16 +83,22 @@ def measured_peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class Meters:
-    """Sums of what each step measured, on the device."""
+    """Sums of what each step measured, on the device; steps whose losses are not finite count apart."""
 
     def __init__(self, device: torch.device, world_size: int) -> None:
         self.world_size = world_size
-        self.sums = torch.zeros(len(METERS), device=device)
+        self.device = device
+        # METERS, then steps with finite losses, then steps that left an update out.
+        self.sums = torch.zeros(len(METERS) + 2, device=device)
         self.steps = 0
 
-    def add(self, measured: Tensor) -> None:
-        """Add one step's (5,) METERS."""
-        self.sums += measured
+    def add(self, measured: Tensor, skipped: Tensor | None = None) -> None:
+        """Add one step's (7,) METERS, and its (2,) 0 or 1 for the updates left out."""
+        finite = torch.isfinite(measured).all()
+        self.sums[: len(METERS)] += torch.where(finite, measured, 0.0)
+        self.sums[-2] += finite
+        if skipped is not None:
+            self.sums[-1] += skipped.max()
         self.steps += 1
 
     def state(self) -> dict[str, Any]:
@@ -99,19 +107,31 @@ class Meters:
 
     def restore(self, states: list[dict[str, Any]], rank: int) -> None:
         """Put back the state of every rank; at another world size each rank gets the mean."""
+        if any(len(s["sums"]) != len(self.sums) for s in states):  # of an older version: the row begins here
+            return
         same = len(states) == self.world_size
         self.sums.copy_(states[rank]["sums"] if same else torch.stack([s["sums"] for s in states]).mean(0))
         self.steps = int(states[0]["steps"])
 
-    def read(self) -> dict[str, float]:
-        """Means over the steps since the last read and over all ranks; a collective call."""
-        sums = self.sums.clone()
+    def read(self, rank: int = 0, own_ms: float = 0.0) -> tuple[dict[str, float], list[float]]:
+        """Means over the steps since the last read and over all ranks, and everyone's own_ms; a collective call.
+
+        Returns:
+            METERS by name, NaN where no step was finite; `skipped_steps`, `diversity` (how far G's images lie apart, as
+            a share of the real ones').  Then own_ms in rank order.
+        """
+        everyone = torch.zeros(self.world_size, device=self.device)
+        everyone[rank] = own_ms
+        sums = torch.cat([self.sums, everyone])
         if self.world_size > 1:
             dist.all_reduce(sums)
-        means = (sums / (max(1, self.steps) * self.world_size)).tolist()
+        *totals, finite, skipped = sums[: len(self.sums)].tolist()
+        means = {k: total / finite if finite else math.nan for k, total in zip(METERS, totals, strict=True)}
+        means["diversity"] = means["spread_fake"] / means["spread_real"] if means["spread_real"] else math.nan
+        means["skipped_steps"] = round(skipped / self.world_size)
         self.sums.zero_()
         self.steps = 0
-        return dict(zip(METERS, means, strict=True))
+        return means, sums[len(self.sums) :].tolist()
 
 
 class Timing:
@@ -214,7 +234,7 @@ class Log:
         except OSError as error:
             raise StorageError(f"cannot write {self.path}: {error.strerror}") from None
         for key, tag in [*_TAGS.items(), *_CHART_TAGS.items()]:
-            if key in row:
+            if finite.get(key) is not None:
                 self.board.add_scalar(tag, row[key], row["images_seen"])
         self.board.flush()
         short = (
@@ -231,6 +251,12 @@ class Log:
             f"images {done}  epoch {row['epoch']:.2f}  {short}  {row['images_per_s']:.0f} images/s"
             f"  data wait {row['data_wait_percent']:.1f} %  ETA {minutes}:{seconds:02d}"
         )
+
+    def event(self, text: str, images_seen: int) -> None:
+        """Something that a person should know: a line, and a text in TensorBoard."""
+        self.say(text)
+        self.board.add_text("Events", text, images_seen)
+        self.board.flush()
 
     def picture(self, tag: str, picture: Image.Image, images_seen: int) -> None:
         """Show a picture in TensorBoard."""

@@ -118,6 +118,10 @@ def _figures(run: Run) -> str:
     )
     fallbacks = status.get("fallbacks")
     remarks = [str(f) for f in fallbacks] if isinstance(fallbacks, list) else []
+    events = status.get("events")
+    for event in events if isinstance(events, list) else []:
+        if isinstance(event, dict):
+            remarks.append(f"after {_text(_number(event.get('images_seen')), '{:,.0f}')} images: {event.get('text')}")
     items = "".join(f"<li>{escape(text)}</li>" for text in remarks + run.notes)
     notes = f'<ul class="notes">{items}</ul>' if items else ""
     return f'<section class="figures"><dl>{cells}</dl>{notes}</section>'

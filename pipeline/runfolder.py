@@ -1,9 +1,13 @@
-"""The folder of a run: config.yaml, env.json, status.json and where the rest lies."""
+"""The folder of a run: config.yaml, env.json, status.json, failures.jsonl and where the rest lies."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import socket
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,8 @@ _OF_A_RUN = (
     "env.json",
     "status.json",
     "stats.jsonl",
+    "failures.jsonl",
+    "replaced.txt",
     "report.html",
     "samples",
     "checkpoints",
@@ -24,14 +30,19 @@ _OF_A_RUN = (
 )
 
 
+_MAX_EVENTS = 50
+"""status.json keeps the newest so many."""
+
+
 class RunFolder:
-    """A run's files; made by rank 0, whose status it keeps."""
+    """A run's files; made by rank 0, who alone writes most of them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.status: dict[str, Any] = {}
         self.ready = False
         """Whether it exists and can be written."""
+        self.launch = ""
+        """Names this start of the run, the same on every rank: whose failure a line in failures.jsonl is."""
 
     def prepare(self) -> None:
         """Make the folder and prove that it can be written.
@@ -50,8 +61,13 @@ class RunFolder:
         except OSError as error:
             raise StorageError(f"cannot write the run folder {self.path}: {error.strerror}") from None
         self.ready = True
-        with contextlib.suppress(OSError, ValueError):  # absent, or cut short by a crash: it is written anew
-            self.status = dict(json.loads((self.path / "status.json").read_text()))
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What status.json says; empty where there is none, or one that a crash cut short."""
+        with contextlib.suppress(OSError, ValueError):
+            return dict(json.loads((self.path / "status.json").read_text()))
+        return {}
 
     def move_aside(self) -> Path | None:
         """Put what an earlier run left here into replaced-NNN/, and return that folder; None where there is nothing."""
@@ -64,7 +80,6 @@ class RunFolder:
         aside.mkdir()
         for path in found:
             path.rename(aside / path.name)
-        self.status = {}
         return aside
 
     def describe(self, config_yaml: str) -> None:
@@ -76,9 +91,57 @@ class RunFolder:
 
     def update(self, **values: Any) -> None:
         """Change entries of status.json."""
-        self.status |= values
+        status = self.status | values
         with written_aside(self.path / "status.json") as aside:
-            aside.write_text(json.dumps(self.status, indent=1) + "\n")
+            aside.write_text(json.dumps(status, indent=1) + "\n")
+
+    def add_event(self, text: str, images_seen: int) -> None:
+        """Keep in status.json what a person should know."""
+        event = {"images_seen": images_seen, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "text": text}
+        self.update(events=[*self.status.get("events", []), event][-_MAX_EVENTS:])
+
+    def add_replaced(self, found: list[tuple[str, str]]) -> None:
+        """Name bad files that training replaced."""
+        with (self.path / "replaced.txt").open("a", errors="backslashreplace") as file:
+            file.writelines(f"{key}\t{reason}\n" for key, reason in found)
+
+    def add_failure(self, rank: int, error: BaseException, exit_code: int, *, lost_peer: bool) -> None:
+        """Append what ended this rank to failures.jsonl; any rank may, since a short line is appended whole."""
+        line = {
+            "launch": self.launch,
+            "rank": rank,
+            "host": socket.gethostname(),
+            "time": time.time(),
+            "lost_peer": lost_peer,
+            "exit_code": exit_code,
+            "error": f"{type(error).__name__}: {error}"[:1000],
+            "traceback": "".join(traceback.format_exception(error))[-4000:],
+        }
+        handle = os.open(self.path / "failures.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, (json.dumps(line) + "\n").encode())
+        finally:
+            os.close(handle)
+
+    def root_cause(self, patience_s: float) -> tuple[str, int]:
+        """The first failure of this start that was not another rank's loss, else the first of all; and its exit code.
+
+        Args:
+            patience_s: how long to wait for a rank that says more than that it lost another.
+        """
+        deadline = time.monotonic() + patience_s
+        while True:
+            found = sorted(self._failures(), key=lambda line: (line["lost_peer"], line["time"]))
+            if not found[0]["lost_peer"] or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        first = found[0]
+        lost = "lost another rank, killed or out of reach: " if first["lost_peer"] else ""
+        return f"{lost}rank {first['rank']} on {first['host']}: {first['error']}", first["exit_code"]
+
+    def _failures(self) -> list[dict[str, Any]]:
+        lines = (self.path / "failures.jsonl").read_text().splitlines()
+        return [found for found in map(json.loads, lines) if found["launch"] == self.launch]
 
     def grid(self, images_seen: int) -> Path:
         """Where the grid of the fixed latents after so many images lies."""

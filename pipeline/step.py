@@ -4,11 +4,15 @@
 with less: one backward for D, no weight gradients of D in G's half (9 % of the FLOPs), one all-reduce a network, and,
 where a device likes large batches, real and fake in one pass of 2N with separate BatchNorm statistics.
 
+A gradient that is not finite moves nothing: the optimisers look at a flag on the device, so the host need not wait to
+find out.  Gradients are averaged over the ranks before anyone looks, so all ranks skip the same steps.
+
 Legend: N images of this rank, C channels, H x W pixels, nz the latent's length.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +26,12 @@ from pipeline.losses import discriminator_loss, fake_loss, generator_loss, real_
 from pipeline.models import Discriminator, Generator
 from pipeline.precision import Precision
 
-METERS = ("loss_d", "loss_g", "d_real", "d_fake_before", "d_fake_after")
-"""What a step measures, in this order: the tutorial's Loss_D, Loss_G, D(x), D(G(z)) before and after D's update."""
+METERS = ("loss_d", "loss_g", "d_real", "d_fake_before", "d_fake_after", "spread_real", "spread_fake")
+"""What a step measures, in this order: the tutorial's Loss_D, Loss_G, D(x), D(G(z)) before and after D's update, then
+how far the real and the generated images of the batch lie apart (standard deviation over them, of [-1, 1] pixels)."""
+
+SPREAD_STRIDE = 4
+"""Every so many-th row and column says enough of the spread, for a sixteenth of the work."""
 
 
 @dataclass
@@ -80,13 +88,34 @@ class Step:
         channels_last: bool,
         ema_half_life_images: int,
         joint: bool = False,
+        guarded: bool = True,
+        min_loss_scale: float = 1.0,
     ) -> None:
+        """
+        Args:
+            joint: real and fake in one pass of 2N.
+            guarded: skip updates that are not finite; fp16's scalers do so in any case.
+            min_loss_scale: where an fp16 scale halves no further, and a skipped update counts as hopeless.
+        """
         self.players = players
         self.precision = precision
         self.channels_last = channels_last
         self.ema_half_life_images = ema_half_life_images
         self.joint = joint
+        self.guarded = guarded
+        self.min_loss_scale = min_loss_scale
         self.device = next(players.generator.parameters()).device
+        self.before_backward: Callable[[], None] = lambda: None
+        """Called once a step where this rank's own work ends and waiting for the others begins."""
+        self.skipped = torch.zeros(2, device=self.device)
+        """(2,) 0 or 1: whether the last step left out D's and G's update."""
+        self.hopeless = torch.zeros((), device=self.device)
+        """() above 0: an update was left out for another reason than an fp16 scale that may still fall."""
+        self._one = torch.ones((), device=self.device)
+        self._statistics = [
+            b for n in (players.generator, players.discriminator) for b in n.buffers() if b.is_floating_point()
+        ]
+        self._statistics_before = [b.clone() for b in self._statistics]
 
     def __call__(self, images: Tensor, latents: Tensor, images_seen: int, batch_size: int) -> Tensor:
         """Train both networks on one batch.
@@ -98,10 +127,16 @@ class Step:
             batch_size: images of the global batch.
 
         Returns:
-            (5,) float32 on the device: METERS, means over this rank's images.
+            (7,) float32 on the device: METERS, of this rank's images; not finite where the forward pass was not.
         """
         real = normalize(images, precision_.dtype_of(self.precision), self.channels_last)
+        if self.guarded:
+            torch._foreach_copy_(self._statistics_before, self._statistics)
         meters = self.play(real, latents)
+        if self.guarded:  # running statistics would keep a NaN for ever
+            bad = ~torch.isfinite(meters[:2]).all()
+            for now, before in zip(self._statistics, self._statistics_before, strict=True):
+                torch.where(bad, before, now, out=now)
         if self.players.ema:
             self.average(images_seen, batch_size)
         return meters
@@ -124,15 +159,50 @@ class Step:
     def autocast(self) -> Any:
         return precision_.autocast(self.precision, self.device)
 
+    def update_d(self) -> None:
+        """D's update, left out where a gradient is not finite."""
+        self._update(self.players.optimizer_d, self.players.scaler_d, 0)
 
-def _step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    scaler.step(optimizer)
-    scaler.update()
+    def update_g(self) -> None:
+        """G's update, left out where a gradient is not finite or, without scalers, D's was left out."""
+        self._update(self.players.optimizer_g, self.players.scaler_g, 1)
 
+    def _update(self, optimizer: Any, scaler: Any, player: int) -> None:
+        if scaler.is_enabled():
+            scaler.unscale_(optimizer)
+            # The sum that GradScaler.step hands to a fused optimiser; its public way to know is .item().
+            found = sum(scaler._found_inf_per_device(optimizer).values())
+            at_the_floor = scaler._scale <= self.min_loss_scale
+            scaler.step(optimizer)
+            scaler.update()
+            scaler._scale.clamp_(min=self.min_loss_scale)
+            hopeless = found * at_the_floor
+        elif self.guarded:
+            found = torch.zeros((), device=self.device) if player == 0 else self.skipped[0].clone()
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, self._one)
+            optimizer.grad_scale, optimizer.found_inf = None, found
+            optimizer.step()
+            hopeless = found
+        else:
+            optimizer.step()
+            return
+        self.skipped[player] = found
+        if player == 0:
+            self.hopeless.copy_(hopeless)
+        else:
+            self.hopeless += hopeless
 
-def _meters(loss_d: Tensor, loss_g: Tensor, real: Tensor, fake: Tensor, fake_after: Tensor) -> Tensor:
-    probabilities = [torch.sigmoid(logits.detach().float()).mean() for logits in (real, fake, fake_after)]
-    return torch.stack([loss_d.detach(), loss_g.detach(), *probabilities])
+    def meters(
+        self, losses: tuple[Tensor, Tensor], logits: tuple[Tensor, Tensor, Tensor], real: Tensor, fake: Tensor
+    ) -> Tensor:
+        """(7,) METERS from D's and G's losses, D's logits of real and of fake before and after, and both batches."""
+        probabilities = [torch.sigmoid(each.detach().float()).mean() for each in logits]
+        spreads = [
+            batch.detach()[:, :, ::SPREAD_STRIDE, ::SPREAD_STRIDE].float().std(0, correction=0).mean()
+            for batch in (real, fake)
+        ]
+        return torch.stack([*(loss.detach() for loss in losses), *probabilities, *spreads])
 
 
 class ReferenceStep(Step):
@@ -144,20 +214,21 @@ class ReferenceStep(Step):
         with self.autocast():
             real_logits = p.forward_d(real)
             loss_real = real_loss(real_logits)
+        self.before_backward()
         p.scaler_d.scale(loss_real).backward()
         with self.autocast():
             fake = p.forward_g(latents)
             fake_logits = p.forward_d(fake.detach())
             loss_fake = fake_loss(fake_logits)
         p.scaler_d.scale(loss_fake).backward()
-        _step(p.optimizer_d, p.scaler_d)
+        self.update_d()
         p.optimizer_g.zero_grad()
         with self.autocast():
             after_logits = p.discriminator(fake)
             loss_g = generator_loss(after_logits)
         p.scaler_g.scale(loss_g).backward()
-        _step(p.optimizer_g, p.scaler_g)
-        return _meters(loss_real + loss_fake, loss_g, real_logits, fake_logits, after_logits)
+        self.update_g()
+        return self.meters((loss_real + loss_fake, loss_g), (real_logits, fake_logits, after_logits), real, fake)
 
 
 class FastStep(Step):
@@ -175,8 +246,9 @@ class FastStep(Step):
                 real_logits, fake_logits = p.forward_d(real), p.forward_d(fake.detach())
             loss_d = discriminator_loss(real_logits, fake_logits)
         p.optimizer_d.zero_grad()
+        self.before_backward()
         p.scaler_d.scale(loss_d).backward()
-        _step(p.optimizer_d, p.scaler_d)
+        self.update_d()
 
         p.discriminator.requires_grad_(False)
         with self.autocast():
@@ -185,5 +257,5 @@ class FastStep(Step):
         p.optimizer_g.zero_grad()
         p.scaler_g.scale(loss_g).backward()
         p.discriminator.requires_grad_(True)
-        _step(p.optimizer_g, p.scaler_g)
-        return _meters(loss_d, loss_g, real_logits, fake_logits, after_logits)
+        self.update_g()
+        return self.meters((loss_d, loss_g), (real_logits, fake_logits, after_logits), real, fake)

@@ -1,47 +1,56 @@
-"""A run from its settings to its report: puts the rooms of the pipeline together and walks through the loop.
+"""A run from its settings to its report: puts the rooms of the pipeline together.
 
-ranks -> dataset -> cache -> networks -> checkpoint -> feed -> loop -> report
+ranks -> dataset -> cache -> checkpoint -> attempt (networks, feed, loop) -> report
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from pipeline import checkpoint as checkpoints
 from pipeline import distributed, precision, resume
-from pipeline.assembly import Plan, build_step, make_plan, wrap_players
+from pipeline.assembly import Plan, make_plan
+from pipeline.attempt import Attempt, Data
 from pipeline.cache import Cached, build_cache
 from pipeline.config import Config, ConfigError
 from pipeline.distributed import Ranks
-from pipeline.errors import DataError, OtherDataError, UserError
-from pipeline.feed import Feed, open_feed
+from pipeline.errors import DataError, Diverged, OtherDataError, Preempted, UserError
+from pipeline.faults import Faults
+from pipeline.history import History, after_trouble, history_of
 from pipeline.index import Dataset, open_dataset
-from pipeline.loop import Maintenance, train
-from pipeline.meters import Log, Meters, Progress, Timing, measured_peak_tflops, memory_gib
-from pipeline.models import Generator, step_flops
-from pipeline.order import Slice
-from pipeline.philox import Stream
-from pipeline.pictures import grid, save_png
+from pipeline.meters import Log
 from pipeline.report import write_report
 from pipeline.runfolder import RunFolder
-from pipeline.sampling import generate, latents, recalibrated
-from pipeline.step import Players, Step
+from pipeline.samples import Samples
+from pipeline.signals import StopSignals
+from pipeline.watch import Diverging
+
+_CAUSE_PATIENCE_S = 1.5
+"""A rank that lost another waits so long for that one's own account of what happened."""
 
 
 class Run:
     """One rank's part of a run."""
 
-    def __init__(self, cfg: Config, config_yaml: str, folder: Path, ranks: Ranks) -> None:
-        self.cfg, self.config_yaml, self.ranks = cfg, config_yaml, ranks
+    def __init__(self, cfg: Config, config_yaml: str, folder: Path, ranks: Ranks, signals: StopSignals) -> None:
+        self.cfg, self.config_yaml, self.ranks, self.signals = cfg, config_yaml, ranks, signals
         self.folder = RunFolder(folder)
         self.log: Log | None = None
+        self.started = time.monotonic()
+        self.faults = Faults.from_environment(ranks.rank)
+        self.told_replaced: set[tuple[str, str]] = set()
+        """Bad files that rank 0 has named."""
+        self.num_replaced = 0
+        """Bad files of all ranks."""
 
     def say(self, text: str) -> None:
         """One line, from rank 0."""
@@ -60,44 +69,49 @@ class Run:
 
         Raises:
             ConfigError, UserError: the same on every rank, where the cause lies before the first step.
+            Preempted: the same on every rank; a checkpoint is in place.
         """
         cfg, ranks = self.cfg, self.ranks
-        shard = Slice(cfg.train.batch_size, ranks.rank, ranks.world_size)
         distributed.together(lambda: cfg.per_rank(ranks.world_size))
-        self.on_leader(self._prepare_folder)
+        self.folder.launch = self.on_leader(self._prepare_folder)
+        self.folder.ready = True
         dataset = distributed.leader_first(ranks, lambda: open_dataset(cfg.data))
         self._same_everywhere(dataset)
-        plan = self.on_leader(lambda: make_plan(cfg, dataset, ranks))
+        plan: Plan = self.on_leader(lambda: make_plan(cfg, dataset, ranks))
         precision.apply(plan.precision, deterministic=cfg.run.deterministic)
         threads = cfg.data.workers or distributed.num_threads(cfg.distributed, ranks.local_world_size)
         found = self.on_leader(lambda: self._checkpoint(dataset))
-        images_seen = found.images_seen if found else 0
-        if images_seen >= plan.total_images:
+        if found and found.images_seen >= plan.total_images:
             self.on_leader(lambda: self._already_done(len(dataset), found))
             return
-        step = distributed.together(lambda: build_step(cfg, plan, ranks))
-        self.layout = resume.layout(
-            cfg,
-            world_size=ranks.world_size,
-            threads=torch.get_num_threads(),
-            precision=plan.precision,
-            mode=plan.mode,
-            decoder=plan.decoder,
-            cache=plan.cache,
-            device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu",
-        )
-        wrap_players(step.players, ranks, cfg)  # gives every rank the statistics of rank 0, so it comes first
-        meters = Meters(ranks.device, ranks.world_size)
-        distributed.together(lambda: self._restore(step.players, meters, found))
-        cached = self._build_cache(dataset, plan, threads)
+        samples = Samples(dataset)
+        data = Data(dataset, samples, self._build_cache(dataset, samples, plan, threads), threads)
+        history = history_of(found)
+        while True:
+            try:
+                images_seen, last, elapsed_s = Attempt(self, plan, data, found, history).train()
+                break
+            except Diverging as trouble:
+                found, history = self._go_back(trouble, history)
+        if ranks.leads:
+            self._finish(images_seen, last, elapsed_s)
 
-        def feed_from(start: int, part: Slice) -> Feed:
-            return open_feed(
-                cfg.data, dataset, seed=cfg.run.seed, shard=part, device=ranks.device, images_seen=start,
-                threads=threads, decoder=plan.decoder, cached=cached,
-            )  # fmt: skip
+    def _go_back(self, trouble: Diverging, history: History) -> tuple[checkpoints.Checkpoint | None, History]:
+        """The newest good checkpoint and what to remember; of trouble that came back, one that is older."""
+        again = history.rollbacks > 0 and history.went_back_to is not None
+        below = history.went_back_to if again else None
 
-        self._train(step, meters, plan, dataset, shard, images_seen, feed_from, found)
+        def choose() -> checkpoints.Checkpoint | None:
+            newest = checkpoints.newest(self.folder.path, self.say)
+            if newest and below is not None and newest.images_seen == below:
+                newest = checkpoints.newest(self.folder.path, self.say, below=below) or newest
+            # May end the run, and then leaves the checkpoints as they are.
+            after_trouble(history, trouble, newest, self.cfg.watch.max_rollbacks)
+            checkpoints.set_aside_after(self.folder.path, newest.images_seen if newest else 0)
+            return newest
+
+        found = self.on_leader(choose)
+        return found, after_trouble(history, trouble, found, self.cfg.watch.max_rollbacks)
 
     def _same_everywhere(self, dataset: Dataset) -> None:
         found = distributed.gather(dataset.index.fingerprint)
@@ -109,33 +123,33 @@ class Run:
             error.shared = True
             raise error
 
-    def _prepare_folder(self) -> None:
+    def _prepare_folder(self) -> str:
         self.folder.prepare()
-        if self.cfg.run.resume == "none":
+        status = self.folder.status
+        restarted = distributed.restart_count() > 0
+        if restarted and status.get("exit_code") in (DataError.exit_code, Diverged.exit_code):
+            # torchrun restarts whatever failed; this would fail again.
+            error = DataError if status["exit_code"] == DataError.exit_code else Diverged
+            raise error(f"not tried again: {status['reason']}")
+        # A restart goes on: resume none was about what an earlier run left here.
+        if self.cfg.run.resume == "none" and not restarted:
             aside = self.folder.move_aside()
             if aside:
                 self.say(f"run.resume is none: what was in {self.folder.path} now lies in {aside}")
                 self.folder.prepare()
+        checkpoints.clear_leftovers(self.folder.path)
+        return uuid.uuid4().hex
 
     def _checkpoint(self, dataset: Dataset) -> checkpoints.Checkpoint | None:
-        found = resume.choose(self.cfg, self.folder.path, self.say)
+        cfg = self.cfg
+        if cfg.run.resume == "none" and distributed.restart_count() > 0:
+            cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, resume="auto"))
+        found = resume.choose(cfg, self.folder.path, self.say)
         if found:
-            resume.check_identity(self.cfg, dataset.index.fingerprint, found, self.say)
-            for folder in checkpoints.set_aside_after(self.folder.path, found.images_seen):
-                self.say(f"a checkpoint that this run does not go on from is now {folder.name}")
+            resume.check_identity(cfg, dataset.index.fingerprint, found, self.say)
+        for folder in checkpoints.set_aside_after(self.folder.path, found.images_seen if found else -1):
+            self.say(f"a checkpoint that this run does not go on from is now {folder.name}")
         return found
-
-    def _restore(self, players: Players, meters: Meters, found: checkpoints.Checkpoint | None) -> None:
-        if found:
-            for line in resume.differences(self.cfg, self.layout, found):
-                self.say(line)
-            state = checkpoints.load(found)
-            checkpoints.restore(players, state, self.ranks.rank, self.ranks.world_size)
-            meters.restore(state["meters"], self.ranks.rank)
-        elif self.cfg.run.init_from:
-            source = checkpoints.find(Path(self.cfg.run.init_from), self.say)
-            checkpoints.restore_weights(players, checkpoints.load(source))
-            self.say(f"weights from {source.folder}, counters at zero")
 
     def _already_done(self, num_images: int, found: checkpoints.Checkpoint) -> None:
         train = self.cfg.train
@@ -150,7 +164,7 @@ class Run:
         else:
             self.say(f"report: {self.folder.path / 'report.html'}")
 
-    def _build_cache(self, dataset: Dataset, plan: Plan, threads: int) -> Cached | None:
+    def _build_cache(self, dataset: Dataset, samples: Samples, plan: Plan, threads: int) -> Cached | None:
         kind = plan.cache
         if kind == "none":
             return None
@@ -173,154 +187,31 @@ class Run:
                 local_world_size=self.ranks.local_world_size,
                 together=distributed.together,
                 progress=progress if self.ranks.leads else None,
+                samples=samples,
             )
         )
 
-    def _train(
-        self,
-        step: Step,
-        meters: Meters,
-        plan: Plan,
-        dataset: Dataset,
-        shard: Slice,
-        images_seen: int,
-        feed_from: Callable[[int, Slice], Feed],
-        found: checkpoints.Checkpoint | None,
-    ) -> None:
-        cfg, ranks = self.cfg, self.ranks
-        progress = Progress(images_seen, plan.total_images, len(dataset))
-        writer = checkpoints.Writer(self.folder.path, cfg.checkpoint.keep, cfg.checkpoint.milestone_images)
-        elapsed_before = float(found.manifest["elapsed_s"]) if found else 0.0
-        with contextlib.ExitStack() as stack:
-            stack.callback(writer.close)
-            stack.callback(lambda: self.log.close() if self.log else None)
-            peak = measured_peak_tflops(ranks.device, precision.dtype_of(plan.precision))
-            flops = step_flops(step.players.generator, step.players.discriminator, *cfg.data.size)
+    # What an attempt asks of its run
 
-            def begin() -> None:
-                self.log = Log(self.folder.path, progress)
-                self._introduce(plan, dataset, images_seen, found)
-                self._show_reals(feed_from, images_seen)
-                if images_seen == 0:
-                    self._show_fakes(step.players, 0)
+    def training_begins(self) -> None:
+        """From here on a signal is noted and voted on; before, it ends the program."""
+        self.signals.training = True
 
-            self.on_leader(begin)
-            feed = feed_from(images_seen, shard)
-            stack.callback(feed.close)
-            timing = Timing(feed, elapsed_before)
-
-            def log_row(seen: int) -> None:
-                row = {"step": seen // cfg.train.batch_size, "images_seen": seen, "epoch": seen / len(dataset)}
-                row |= meters.read() | timing.read(seen - progress.images_seen, ranks.world_size)
-                achieved = flops * row["images_per_s_rank"] / 1e12
-                row |= {
-                    "learning_rate": step.players.optimizer_g.param_groups[0]["lr"],
-                    "memory_gib": memory_gib(ranks.device),
-                    "tflop_per_s": achieved,
-                    "peak_fraction": achieved / peak,
-                }
-                progress.images_seen = seen
-                if self.log is not None:
-                    self.log.write(row, progress)
-                    self.folder.update(images_seen=seen, **({"checkpoint": str(writer.last)} if writer.last else {}))
-
-            def save(seen: int) -> None:
-                distributed.together(writer.wait)  # a write that failed ends every rank
-                mine = checkpoints.buffers_of(step.players), meters.state()
-                buffers, partial = zip(*distributed.gather(mine), strict=True)
-                if ranks.leads:
-                    manifest = {
-                        "images_seen": seen,
-                        "elapsed_s": timing.elapsed_s(),
-                        "identity": resume.identity(cfg, dataset.index.fingerprint),
-                        "layout": self.layout,
-                        "begun_from": resume.begun_from(cfg, found),
-                    }
-                    state = checkpoints.snapshot(step.players, list(buffers)) | {"meters": list(partial)}
-                    writer.save(state, self.config_yaml, manifest)
-
-            first_step = [True]
-
-            def on_step(seen: int) -> None:
-                if first_step[0]:
-                    distributed.shorten_timeout(cfg.distributed.step_timeout_s)
-                    first_step[0] = False
-                if self.log is not None:
-                    self.log.advance(cfg.train.batch_size)
-
-            maintenance = [
-                Maintenance(cfg.log.every_steps * cfg.train.batch_size, log_row),
-                Maintenance(cfg.log.grid_every_images, lambda seen: self._show_fakes(step.players, seen)),
-                Maintenance(cfg.checkpoint.every_images, save),
-            ]
-            images_seen = train(
-                step,
-                feed,
-                meters,
-                maintenance,
-                seed=cfg.run.seed,
-                shard=shard,
-                nz=cfg.model.nz,
-                images_seen=images_seen,
-                num_steps=plan.num_steps,
-                on_step=on_step,
-            )
-            distributed.together(writer.wait)
-        if ranks.leads:
-            self.log = None  # closed: what is left to say needs no bar
-            self._finish(images_seen, writer.last, timing.elapsed_s())
-
-    def _introduce(self, plan: Plan, dataset: Dataset, images_seen: int, found: checkpoints.Checkpoint | None) -> None:
-        self.folder.describe(self.config_yaml)
-        self.folder.update(
-            state="running",
-            reason="",
-            exit_code=None,
-            images_seen=images_seen,
-            total_images=plan.total_images,
-            checkpoint=str(found.folder) if found else None,
-            precision=plan.precision,
-            decoder=plan.decoder,
-            cache=plan.cache,
-            mode=plan.mode,
-            world_size=self.ranks.world_size,
-            fallbacks=list(plan.reasons),
-            files_left_out=len(dataset.index.rejected),
-        )
-        for reason in plan.reasons:
-            self.say(reason)
-        self.say(
-            f"{len(dataset)} images, {plan.num_steps} steps of {self.cfg.train.batch_size}, {self.ranks.world_size} "
-            f"rank(s) with {torch.get_num_threads()} thread(s) each, into {self.folder.path}"
-        )
-        if found:
-            self.say(f"resuming after {images_seen} images from {found.folder}")
-
-    def _show_reals(self, feed_from: Callable[[int, Slice], Feed], images_seen: int) -> None:
-        path = self.folder.path / "samples" / "reals.png"
-        if path.exists() and images_seen:
-            return
-        feed = feed_from(0, Slice(self.cfg.log.grid_size))
-        try:
-            picture = grid(feed.next().cpu())
-        finally:
-            feed.close()
-        save_png(picture, path)
+    def close_log(self) -> None:
         if self.log is not None:
-            self.log.picture("reals", picture, 0)
+            self.log.close()
+            self.log = None  # what is left to say needs no bar
 
-    def _show_fakes(self, players: Players, images_seen: int) -> None:
-        """Rank 0 draws the fixed latents with G's average; the others go on and meet it at the next all-reduce."""
-        if self.log is None:
-            return
-        cfg = self.cfg
-        generator = Generator(cfg.model.nz, cfg.model.ngf, cfg.data.nc, *cfg.data.size)
-        generator.load_state_dict({k: v.float() for k, v in players.generator.state_dict().items()} | players.ema)
-        generator.to(device=self.ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        fixed = latents(cfg.run.seed, Stream.FIXED_LATENT, 0, cfg.log.grid_size, cfg.model.nz, self.ranks.device)
-        picture = grid(generate(recalibrated(generator, cfg.model.nz, images=512), fixed))
-        save_png(picture, self.folder.grid(images_seen))
-        self.log.picture("fakes", picture, images_seen)
+    def pause_in_writes(self) -> None:
+        """A fault on purpose."""
+        seconds = self.faults.slow_write()
+        if seconds:
+            time.sleep(seconds)
+
+    def hung(self, reason: str) -> None:
+        self.failed(TimeoutError(reason), 1)
+
+    # How it ended
 
     def _finish(self, images_seen: int, checkpoint: Path | None, elapsed_s: float) -> None:
         self.folder.update(
@@ -331,27 +222,47 @@ class Run:
             self.say(f"report: {write_report(self.folder.path)}")
         self.say(f"pictures: {self.folder.grid(images_seen)}")
 
+    def preempted(self, stop: Preempted) -> None:
+        if self.ranks.leads and self.folder.ready:
+            self.folder.update(state="preempted", reason=stop.reason, exit_code=stop.exit_code)
+
+    def failed(self, error: BaseException, code: int) -> None:
+        """Write down what ended this rank, and into status.json what ended the run first."""
+        get_error_handler().record_exception(error)  # torchrun names the rank whose file is the oldest
+        if not self.folder.ready:
+            return
+        if isinstance(error, UserError | ConfigError) and error.shared:
+            if self.ranks.leads:
+                self.folder.update(state="failed", reason=str(error), exit_code=code)
+            return
+        lost = distributed.lost_peer(error)
+        self.folder.add_failure(self.ranks.rank, error, code, lost_peer=lost)
+        # Every rank that fails writes the same, so that it is there whichever of them are killed.
+        reason, code = self.folder.root_cause(_CAUSE_PATIENCE_S if lost else 0.0)
+        self.folder.update(state="failed", reason=reason, exit_code=code)
+
+    def ended_at_once(self, number: int) -> None:
+        """By a second signal."""
+        if self.ranks.leads and self.folder.ready:
+            reason = "a second signal ended it at once; the last checkpoint stands"
+            self.folder.update(state="failed", reason=reason, exit_code=128 + number)
+
 
 @contextlib.contextmanager
 def outcome_in_status(run: Run) -> Iterator[None]:
     """What ends a run early is written into its status.json before it goes on its way."""
-
-    def failed(reason: str, code: int) -> None:
-        if run.ranks.leads and run.folder.ready:
-            run.folder.update(state="failed", reason=reason, exit_code=code)
-
     try:
         yield
     except (ConfigError, OtherDataError):
         raise  # settings or photographs that this run refuses say nothing about the run
-    except UserError as error:
-        failed(str(error), error.exit_code)
+    except Preempted as stop:
+        run.preempted(stop)
         raise
-    except KeyboardInterrupt:
-        failed("interrupted", 130)
+    except UserError as error:
+        run.failed(error, error.exit_code)
         raise
     except BaseException as error:
-        failed(f"{type(error).__name__}: {error}", 1)
+        run.failed(error, 1)
         raise
 
 
@@ -360,11 +271,12 @@ def run(cfg: Config, config_yaml: str, folder: Path) -> None:
 
     Raises:
         ConfigError, UserError: what a user can mend, in one line.
+        Preempted: told to stop; the same command goes on.
     """
-    ranks = distributed.start(cfg.distributed)
-    session = Run(cfg, config_yaml, folder, ranks)
-    try:
+    with StopSignals() as signals:
+        ranks = distributed.start(cfg.distributed)
+        session = Run(cfg, config_yaml, folder, ranks, signals)
+        signals.at_once = session.ended_at_once
         with outcome_in_status(session):
             session.execute()
-    finally:
         distributed.stop()

@@ -110,7 +110,7 @@ def test_the_peer_trains_as_the_reference_step_does(faces):
     for step in range(3):
         pixels = torch.randint(0, 256, (count, side, side, 3), generator=random, dtype=torch.uint8)
         latents = torch.randn(count, nz, generator=random)
-        wanted = reference(pixels, latents, step * count, count)
+        wanted = reference(pixels, latents, step * count, count)[:5]  # the tutorial's five
         judged = loop.step(pixels.permute(0, 3, 1, 2) / 127.5 - 1, latents[:, :, None, None])
         found = torch.tensor([loop.losses_d[-1], loop.losses_g[-1], *judged])
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

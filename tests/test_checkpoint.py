@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pipeline import checkpoint as checkpoints
+from pipeline.checkpoint_writer import Writer
 from pipeline.cli.options import to_yaml
 from pipeline.config import Config, DataConfig, ModelConfig, OptimConfig
 from pipeline.errors import StorageError
@@ -151,7 +152,7 @@ def test_a_disk_that_refuses_leaves_the_old_checkpoint_and_nothing_half_written(
 
 
 def test_the_writer_keeps_the_newest_and_the_milestones(tmp_path):
-    writer = checkpoints.Writer(tmp_path, keep=2, milestone_images=[25])
+    writer = Writer(tmp_path, keep=2, milestone_images=[25])
     players = make_players_()
     for images_seen in (10, 20, 30, 40, 50, 60):
         writer.save(snapshot(players), to_yaml(CFG), MANIFEST | {"images_seen": images_seen})
@@ -164,7 +165,7 @@ def test_the_writer_keeps_the_newest_and_the_milestones(tmp_path):
 
 def test_the_writers_failure_reaches_the_training_thread(tmp_path):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    writer = checkpoints.Writer(tmp_path, keep=1, milestone_images=[])
+    writer = Writer(tmp_path, keep=1, milestone_images=[])
     writer.save(snapshot(make_players_()), to_yaml(CFG), MANIFEST | {"images_seen": 10})
     with pytest.raises(StorageError, match="cannot write the checkpoint"):
         writer.wait()
@@ -182,11 +183,23 @@ class Marker:
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path):
-    folder = write(tmp_path, make_players_(), 10)
-    torch.save({"generator": Marker(tmp_path / "ran")}, folder / "state.pt")
-    with pytest.raises(Exception, match=r"[Ww]eights.only"):
-        checkpoints.load(checkpoints.Checkpoint(folder, {}))
+    state = {"generator": Marker(tmp_path / "ran")}
+    folder = checkpoints.write(tmp_path, state, to_yaml(CFG), MANIFEST | {"images_seen": 10})
+    with pytest.raises(StorageError, match=r"state\.pt holds no state that may be read") as caught:
+        checkpoints.load(checkpoints.verify(folder))
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
+
+
+def test_bytes_that_are_not_the_manifests_are_not_loaded(tmp_path):
+    """The manifest is rank 0's; the file is what this machine sees."""
+    found = checkpoints.verify(write(tmp_path, make_players_(), 10))
+    flip_a_bit(found.folder / "state.pt")
+    with pytest.raises(StorageError, match=r"state\.pt is not the file of the manifest.*every machine"):
+        checkpoints.load(found)
+    (found.folder / "state.pt").unlink()
+    with pytest.raises(StorageError, match=r"cannot read the checkpoint .*No such file.*every machine"):
+        checkpoints.load(found)
 
 
 def test_the_generator_opens_from_a_run_or_a_checkpoint_folder(tmp_path):
@@ -245,7 +258,7 @@ def test_newest_is_by_number_and_strangers_are_passed_over(tmp_path):
     write(tmp_path, players, 1_000_000_064)
     shutil.copytree(folder, folder.with_name("images-2000000000-good"))
     assert checkpoints.newest(tmp_path).images_seen == 1_000_000_064
-    writer = checkpoints.Writer(tmp_path, keep=1, milestone_images=[])
+    writer = Writer(tmp_path, keep=1, milestone_images=[])
     writer.save(snapshot(players), to_yaml(CFG), MANIFEST | {"images_seen": 1_000_000_128})
     writer.wait()
     writer.close()
@@ -262,12 +275,12 @@ def test_checkpoints_that_a_run_does_not_go_on_from_neither_count_nor_vanish(tmp
     found = checkpoints.newest(tmp_path, lambda _: None)
     aside = checkpoints.set_aside_after(tmp_path, found.images_seen)
     assert [p.name for p in aside] == ["images-000000050.abandoned", "images-000000075.abandoned"]
-    writer = checkpoints.Writer(tmp_path, keep=2, milestone_images=[])
+    writer = Writer(tmp_path, keep=2, milestone_images=[])
     writer.save(snapshot(players), to_yaml(CFG), MANIFEST | {"images_seen": 35})
     writer.wait()
     writer.close()
     assert checkpoints.newest(tmp_path).images_seen == 35
-    assert [checkpoints.count_of(p) for p in checkpoints._folders(tmp_path)] == [25, 35]
+    assert [checkpoints.count_of(p) for p in checkpoints.folders(tmp_path)] == [25, 35]
 
 
 def test_a_manifest_that_speaks_of_other_images_is_passed_over(tmp_path):

@@ -77,9 +77,11 @@ def tells_the_others(ranks: Ranks) -> None:
 
     meters = Meters(ranks.device, ranks.world_size)
     for value in (1.0, 3.0):
-        meters.add(torch.full((5,), value + ranks.rank))
-    expected = 2 + (ranks.world_size - 1) / 2
-    assert meters.read()["loss_d"] == pytest.approx(expected)
+        meters.add(torch.full((7,), value + ranks.rank), torch.tensor([0.0, 1.0]))
+    means, own_ms = meters.read(ranks.rank, own_ms=10.0 + ranks.rank)
+    assert means["loss_d"] == pytest.approx(2 + (ranks.world_size - 1) / 2)
+    assert means["skipped_steps"] == 2, "steps, not steps times ranks"
+    assert own_ms == [10.0 + rank for rank in range(ranks.world_size)]
 
     network = distributed.wrap(Discriminator(2, 3, 16, 16), ranks, DistributedConfig())
     first_weight = next(network.parameters()).detach().clone()

@@ -63,3 +63,29 @@ def test_no_file_is_too_long():
                 line for line in path.read_text().splitlines() if line.strip() and not line.strip().startswith("#")
             ]
             assert len(lines) <= 400, (path, len(lines))
+
+
+def calls(path: Path):
+    """Name and keywords of every call in a file, `module.function` as written."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+
+
+def test_nothing_reads_code_where_it_expects_data():
+    """What SECURITY.md promises: weights_only, safe YAML, no pickle, no members unpacked under their own names."""
+    forbidden = {"eval", "exec", "pickle.load", "pickle.loads", "marshal.loads", "shelve.open", "joblib.load"}
+    seen = set()
+    for folder in ("pipeline", "kernels", "launch", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for name, keywords in calls(path):
+                assert name not in forbidden, (path, name)
+                assert not name.endswith((".extractall", ".extract")), (path, name)
+                if name == "torch.load":
+                    assert keywords.get("weights_only") == "True", path
+                if name == "np.load":
+                    assert keywords.get("allow_pickle") == "False", path
+                if name.startswith("yaml.") and name.endswith("load") and name != "yaml.safe_load":
+                    assert keywords.get("Loader") in ("_Loader", "yaml.BaseLoader"), path
+                seen.add(name)
+    assert {"torch.load", "np.load", "yaml.load"} <= seen, "this test looks at the calls it is about"

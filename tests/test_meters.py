@@ -6,10 +6,12 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from pipeline.errors import StorageError
 from pipeline.loop import Maintenance
 from pipeline.meters import Log, Meters, Progress, keep_lines_up_to
+from pipeline.step import METERS
 
 ROW = {
     "step": 1,
@@ -19,6 +21,8 @@ ROW = {
     "d_real": 0.75,
     "d_fake_before": 0.25,
     "d_fake_after": 0.125,
+    "diversity": 0.5,
+    "skipped_steps": 0,
     "images_per_s": 100.0,
     "images_per_s_rank": 100.0,
     "data_wait_percent": 1.0,
@@ -29,17 +33,23 @@ ROW = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _a_process_of_its_own(monkeypatch):
+    """TensorBoard reads files by name, second and then number within the process: as text, a tenth before a ninth."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
 
 
-def log_some(run, seen, total=400, images_seen=0, stream=None):
+def log_some(run, seen, total=400, images_seen=0, stream=None, **changes):
     stream = stream or io.StringIO()
     log = Log(run, Progress(images_seen, total, 100), stream)
     for count in seen:
         log.advance(8)
-        log.write(ROW | {"images_seen": count}, Progress(count, total, 100))
+        log.write(ROW | changes | {"images_seen": count}, Progress(count, total, 100))
     log.close()
     return stream.getvalue()
 
@@ -70,7 +80,7 @@ def test_numbers_that_json_has_not_become_null(tmp_path):
 
 
 def test_tensorboard_gets_every_curve_by_its_name(tmp_path):
-    log_some(tmp_path, [8, 16])
+    log_some(tmp_path, [8, 16], loss_g=2.0)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
@@ -78,7 +88,26 @@ def test_tensorboard_gets_every_curve_by_its_name(tmp_path):
     assert {"Timing/images_per_s", "Timing/images_per_s_rank", "Timing/data_wait_percent"} <= tags
     assert {"Resources/memory_gib", "Resources/tflop_per_s", "Resources/fraction_of_measured_peak"} <= tags
     assert {"Progress/epoch", "Progress/images", "Progress/learning_rate"} <= tags
+    assert {"Progress/diversity", "Progress/skipped_steps"} <= tags
     assert points(tmp_path, "Loss/D") == [(8, 1.25), (16, 1.25)]
+
+
+def test_a_number_that_is_none_leaves_a_gap_in_its_curve(tmp_path):
+    log_some(tmp_path, [8], loss_g=2.0)
+    log_some(tmp_path, [16], images_seen=8)
+    assert points(tmp_path, "Loss/G") == [(8, 2.0)]
+
+
+def test_an_event_is_a_line_and_a_text_in_tensorboard(tmp_path):
+    stream = io.StringIO()
+    log = Log(tmp_path, Progress(0, 8, 8), stream)
+    log.event("collapse: D has won", 8)
+    log.close()
+    assert stream.getvalue() == "collapse: D has won\n"
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("Events/text_summary")
+    assert (event.step, event.tensor_proto.string_val) == (8, [b"collapse: D has won"])
 
 
 @pytest.mark.parametrize("resumed_at", [16, 0])
@@ -118,21 +147,62 @@ def test_cutting_a_file_that_is_not_there_is_nothing(tmp_path):
 def test_means_are_over_the_steps_since_the_last_read():
     meters = Meters(torch.device("cpu"), 1)
     for value in (1.0, 2.0):
-        meters.add(torch.full((5,), value))
-    assert set(meters.read().values()) == {1.5}
-    meters.add(torch.full((5,), 7.0))
-    assert set(meters.read().values()) == {7.0}
+        meters.add(torch.full((7,), value))
+    means, own_ms = meters.read(own_ms=12.0)
+    assert {means[name] for name in METERS} == {1.5}
+    assert (means["diversity"], means["skipped_steps"], own_ms) == (1.0, 0, [12.0])
+    meters.add(torch.full((7,), 7.0))
+    means, _ = meters.read()
+    assert {means[name] for name in METERS} == {7.0}
+
+
+def test_diversity_is_the_fakes_spread_as_a_share_of_the_reals():
+    meters = Meters(torch.device("cpu"), 1)
+    for spread_fake in (0.1, 0.3):
+        meters.add(torch.tensor([1, 1, 0.5, 0.5, 0.5, 0.8, spread_fake]))
+    assert meters.read()[0]["diversity"] == pytest.approx(0.25)
+
+
+def test_steps_that_are_not_finite_count_apart_and_spoil_no_mean():
+    meters = Meters(torch.device("cpu"), 1)
+    meters.add(torch.full((7,), 3.0), torch.tensor([0.0, 0.0]))
+    meters.add(torch.tensor([math.nan, *[1.0] * 6]), torch.tensor([1.0, 1.0]))
+    meters.add(torch.full((7,), 5.0), torch.tensor([0.0, 1.0]))
+    means, _ = meters.read()
+    assert {means[name] for name in METERS} == {4.0}
+    assert means["skipped_steps"] == 2
+    meters.add(torch.full((7,), math.inf), torch.ones(2))
+    means, _ = meters.read()
+    assert all(math.isnan(means[name]) for name in (*METERS, "diversity"))
+    assert means["skipped_steps"] == 1
 
 
 def test_a_saved_sum_is_not_touched_by_the_steps_that_follow():
     meters = Meters(torch.device("cpu"), 1)
-    meters.add(torch.ones(5))
+    meters.add(torch.ones(7))
     state = meters.state()
-    meters.add(torch.ones(5))
+    meters.add(torch.ones(7))
     other = Meters(torch.device("cpu"), 1)
     other.restore([state], 0)
-    other.add(torch.full((5,), 3.0))
-    assert other.read()["loss_d"] == 2.0
+    other.add(torch.full((7,), 3.0))
+    assert other.read()[0]["loss_d"] == 2.0
+
+
+def test_at_another_world_size_each_rank_goes_on_with_the_mean():
+    saved = []
+    for value in (1.0, 3.0):
+        meters = Meters(torch.device("cpu"), 2)
+        meters.add(torch.full((7,), value))
+        saved.append(meters.state())
+    alone = Meters(torch.device("cpu"), 1)
+    alone.restore(saved, 0)
+    assert alone.read()[0]["loss_d"] == 2.0
+
+
+def test_sums_of_an_older_version_are_left_alone():
+    meters = Meters(torch.device("cpu"), 1)
+    meters.restore([{"sums": torch.ones(6), "steps": 3}], 0)
+    assert (meters.steps, meters.sums.sum()) == (0, 0)
 
 
 @pytest.mark.parametrize(

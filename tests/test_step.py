@@ -17,6 +17,8 @@ from pipeline.step import METERS, FastStep, ReferenceStep, make_players
 from tests.ranks import run_ranks
 
 N, NZ, WIDTH, SIDE = 8, 10, 8, 32
+TUTORIALS = METERS[:5]
+"""The other meters are not the tutorial's."""
 # Relative norm of a difference to the same algorithm in the same arithmetic: sums in another order, rounded to 24 or to
 # 8 bits.  Gradients in bf16 have no such bound (D's first step of Adam is its gradient's sign, which rounding flips
 # near 0): there the distance to float32 is held against the tutorial's own distance in bf16.
@@ -71,7 +73,7 @@ def _tutorial_steps(generator: nn.Module, discriminator: nn.Module, num_steps: i
         after = torch.sigmoid(output).mean().item()
         adam_g.step()
         meters = (loss_real.item() + loss_fake.item(), loss_g.item(), d_real, before, after)
-        found.append({"meters": dict(zip(METERS, meters, strict=True)), "d": gradients_d, "g": gradients_g})
+        found.append({"meters": dict(zip(TUTORIALS, meters, strict=True)), "d": gradients_d, "g": gradients_g})
     return found
 
 
@@ -142,7 +144,7 @@ def test_fp16_takes_the_same_steps_behind_its_scalers():
         scaler.load_state_dict(scaler.state_dict() | {"scale": 256.0})
     for i in range(2):
         meters = dict(zip(METERS, step(*data(i), i * N, N).tolist(), strict=True))
-        assert meters == pytest.approx(expected[i]["meters"], rel=2e-2, abs=5e-3)
+        assert {k: meters[k] for k in TUTORIALS} == pytest.approx(expected[i]["meters"], rel=2e-2, abs=5e-3)
     assert step.players.scaler_d.state_dict()["_growth_tracker"] == 2
     assert step.players.scaler_g.get_scale() == step.players.scaler_d.get_scale() == 256
 
@@ -224,7 +226,9 @@ def ranks_equal_the_oracle(ranks, joint):
         mine = slice(shard.rank * shard.per_rank, (shard.rank + 1) * shard.per_rank)
         meters = step(pixels[mine], latents[mine], i * N, N)
         torch.distributed.all_reduce(meters)
-        assert torch.allclose(meters / ranks.world_size, expected, rtol=1e-4, atol=1e-5), (i, meters, expected)
+        # How far images lie apart within a rank's share is less than within the whole batch; the rest are means.
+        means, expected = (meters / ranks.world_size)[: len(TUTORIALS)], expected[: len(TUTORIALS)]
+        assert torch.allclose(means, expected, rtol=1e-4, atol=1e-5), (i, means, expected)
         for name in ("d", "g"):
             assert relative(step.caught[name], oracle.caught[name]) < 2e-4, (i, name)
     # Statistics: this rank's are the oracle's group of the same number.

@@ -22,7 +22,7 @@ def field_texts(cls: type) -> dict[str, str]:
     for field, text in itertools.pairwise(fields):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             assert isinstance(field.target, ast.Name)
-            texts[field.target.id] = str(text.value.value)
+            texts[field.target.id] = " ".join(str(text.value.value).split())
     return texts
 
 

@@ -82,6 +82,11 @@ class Options:
     """Stem of the --config file, or "default": names the run where run.dir does not."""
     dry_run: bool
 
+    @property
+    def run_folder(self) -> Path:
+        """run.dir, or runs/ and the name of the config file."""
+        return Path(self.config.run.dir or Path("runs") / self.config_name)
+
 
 def parse(argv: list[str]) -> Options:
     """Read a command line; --help and --print_config print and end the program.

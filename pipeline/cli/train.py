@@ -2,51 +2,87 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from pipeline import assembly, distributed, trainer
 from pipeline.cli.options import Options, parse, to_yaml
 from pipeline.config import Config, ConfigError
-from pipeline.errors import UserError
+from pipeline.errors import Preempted, UserError
 from pipeline.index import open_dataset
 from pipeline.models import step_flops
+from pipeline.signals import end_with_parent
+
+OUTCOME = "DCGAN_OUTCOME"
+"""Environment variable of launch/run.py: the folder where each rank says how it ended, since torchrun does not tell."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train; the exit code is 0 or that of the error, told in one line by rank 0."""
-    started = False
+    """Train; the exit code is 0 or that of the error, told in one line by rank 0.
+
+    Under torchrun a preempted rank exits with 0: torchrun would take anything else for a crash and start it anew.
+    """
     logging.basicConfig(
         level=logging.INFO if distributed.rank_from_environment() == 0 else logging.ERROR, format="%(message)s"
     )
+    if distributed.under_torchrun():
+        end_with_parent()
+        get_error_handler().initialize()
+    leave_outcome("running", None, "")
     try:
-        options = parse(sys.argv[1:] if argv is None else argv)
+        code = train(sys.argv[1:] if argv is None else argv)
+    except BaseException as error:
+        leave_outcome("failed", 1, f"{type(error).__name__}: {error}")
+        raise
+    return 0 if code == Preempted.exit_code and distributed.under_torchrun() else code
+
+
+def train(argv: list[str]) -> int:
+    """The exit code of a training by these words."""
+    started = False
+    leads = distributed.rank_from_environment() == 0
+    try:
+        options = parse(argv)
         options.config.per_rank(int(os.environ.get("WORLD_SIZE", 1)))  # before any process group
         if options.dry_run:
-            if distributed.rank_from_environment() == 0:
+            if leads:
                 print(describe(options))
             return 0
         started = True
-        trainer.run(options.config, to_yaml(options.config), run_folder(options))
+        trainer.run(options.config, to_yaml(options.config), options.run_folder)
     except (ConfigError, UserError) as error:
         # What all ranks raise is told once; what one of them meets alone, a bad file say, only it can tell.
-        if distributed.rank_from_environment() == 0 or (started and not error.shared):
-            print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        message = " ".join(str(error).split())
+        if leads or (started and not error.shared):
+            print(f"train.py: error: {message}", file=sys.stderr)
+        leave_outcome("failed", error.exit_code, message)
         return error.exit_code
-    except KeyboardInterrupt:
-        if distributed.rank_from_environment() == 0:
-            print("train.py: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    except Preempted as stop:
+        saved = f" after {stop.images_seen} images, saved" if stop.images_seen else ""
+        if leads:
+            print(f"train.py: stopped by {stop.reason}{saved}; the same command goes on", file=sys.stderr)
+        leave_outcome("preempted", stop.exit_code, stop.reason)
+        return stop.exit_code
+    leave_outcome("finished", 0, "")
     return 0
 
 
-def run_folder(options: Options) -> Path:
-    """run.dir, or runs/ and the name of the config file."""
-    return Path(options.config.run.dir or Path("runs") / options.config_name)
+def leave_outcome(state: str, exit_code: int | None, reason: str) -> None:
+    """Tell launch/run.py how this rank fares, where it asks."""
+    folder = os.environ.get(OUTCOME)
+    if not folder:
+        return
+    path = Path(folder, f"{distributed.rank_from_environment()}.json")
+    aside = path.with_suffix(f".{os.getpid()}")
+    told = {"state": state, "exit_code": exit_code, "reason": reason, "restart": distributed.restart_count()}
+    aside.write_text(json.dumps(told | {"pid": os.getpid()}))
+    aside.replace(path)
 
 
 def activation_bytes(cfg: Config, precision: str, per_rank: int) -> int:
@@ -87,7 +123,7 @@ def describe(options: Options) -> str:
     lines = [
         to_yaml(cfg).rstrip(),
         "---",
-        f"run folder            {run_folder(options)}",
+        f"run folder            {options.run_folder}",
         f"dataset               {len(dataset)} images an epoch, {len(dataset.index.rejected)} files left out, "
         f"fingerprint {dataset.index.fingerprint[:12]}",
         *(f"{reason.split(' ')[0]:<21} {reason.split(' ', 1)[1]}" for reason in plan.reasons),
