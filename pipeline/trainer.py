@@ -23,7 +23,7 @@ from pipeline.attempt import Attempt, Data
 from pipeline.cache import Cached, build_cache
 from pipeline.config import Config, ConfigError
 from pipeline.distributed import Ranks
-from pipeline.errors import DataError, Diverged, OtherDataError, Preempted, UserError
+from pipeline.errors import DataError, Diverged, OtherDataError, Preempted, StorageError, UserError
 from pipeline.faults import Faults
 from pipeline.history import History, after_trouble, history_of
 from pipeline.index import Dataset, open_dataset
@@ -229,8 +229,13 @@ class Run:
     def failed(self, error: BaseException, code: int) -> None:
         """Write down what ended this rank, and into status.json what ended the run first."""
         get_error_handler().record_exception(error)  # torchrun names the rank whose file is the oldest
-        if not self.folder.ready:
-            return
+        if self.folder.ready:
+            try:
+                self._write_failure(error, code)
+            except (OSError, StorageError) as problem:  # a full disk, say: the exit code still tells
+                print(f"cannot write down how it ended: {problem}", file=sys.stderr, flush=True)
+
+    def _write_failure(self, error: BaseException, code: int) -> None:
         if isinstance(error, UserError | ConfigError) and error.shared:
             if self.ranks.leads:
                 self.folder.update(state="failed", reason=str(error), exit_code=code)
@@ -277,6 +282,11 @@ def run(cfg: Config, config_yaml: str, folder: Path) -> None:
         ranks = distributed.start(cfg.distributed)
         session = Run(cfg, config_yaml, folder, ranks, signals)
         signals.at_once = session.ended_at_once
-        with outcome_in_status(session):
-            session.execute()
+        try:
+            with outcome_in_status(session):
+                session.execute()
+        except Preempted as stop:
+            if stop.images_seen:  # all ranks leave together; before the first step each leaves when its signal comes
+                distributed.stop()
+            raise
         distributed.stop()
