@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import ConfigError, DistributedConfig
 from pipeline.errors import UserError
+from pipeline.rendezvous import fresh_store
 
 T = TypeVar("T")
 
@@ -74,10 +75,11 @@ def start(cfg: DistributedConfig) -> Ranks:
         torch.cuda.set_device(ranks.device)
     torch.set_num_threads(num_threads(cfg, ranks.local_world_size))
     if ranks.world_size > 1:
+        timeout = timedelta(seconds=cfg.start_timeout_s)
+        store = fresh_store(ranks.rank, ranks.world_size, timeout)
+        place: dict[str, Any] = {} if store is None else {"store": store, "rank": ranks.rank, "world_size": ranks.world_size}
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            timeout=timedelta(seconds=cfg.start_timeout_s),
-            device_id=ranks.device if on_gpu else None,
+            "nccl" if on_gpu else "gloo", timeout=timeout, device_id=ranks.device if on_gpu else None, **place
         )
     return ranks
 
