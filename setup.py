@@ -30,6 +30,20 @@ setup(
     extras_require={
         # For a CUDA 12 driver: install this extra, then uninstall nvidia-dali-cuda130 (both own `nvidia.dali`).
         "cuda12": [f"nvidia-dali-cuda120>=2.4; {LINUX_X86}"],
-        "dev": ["pytest>=8", "ruff>=0.12", "mypy>=1.16", "types-PyYAML", "types-tqdm"],
+        "parquet": ["pyarrow>=20"],
+        "lmdb": ["lmdb>=1.6"],
+        "wandb": ["wandb>=0.21"],
+        "dev": [
+            "pytest>=8",
+            "ruff>=0.12",
+            "mypy>=1.16",
+            "types-PyYAML",
+            "types-tqdm",
+            "matplotlib>=3.10",  # draws docs/performance.png
+            "pyarrow>=20",
+            "lmdb>=1.6",
+            "kubeflow-trainer-api>=2.3",  # models of TrainJob and TrainingRuntime, for tests/test_k8s.py
+            "kubernetes-validate>=1.37",  # schemas of Job, Pod, NetworkPolicy and PersistentVolumeClaim
+        ],
     },
 )

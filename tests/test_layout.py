@@ -39,7 +39,7 @@ def test_only_the_commands_import_the_commands():
 
 
 def test_launch_scripts_are_thin_and_bear_no_standard_name():
-    for path in (ROOT / "launch").glob("*.py"):
+    for path in (ROOT / "launch").rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 30, path
         assert path.stem not in sys.stdlib_module_names
 

@@ -1,0 +1,10 @@
+"""Kubernetes manifests from values: `python launch/k8s/render.py --values launch/k8s/values.yaml --kind trainjob`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from pipeline.cli.k8s import main
+
+if __name__ == "__main__":
+    sys.exit(main())
