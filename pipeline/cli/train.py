@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
 from pathlib import Path
 
-import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from pipeline import assembly, distributed, trainer
+from pipeline import assembly, distributed, sizes, trainer
 from pipeline.cli.options import Options, parse, to_yaml
-from pipeline.config import Config, ConfigError
+from pipeline.config import ConfigError
 from pipeline.errors import Preempted, UserError
 from pipeline.index import open_dataset
-from pipeline.models import step_flops
 from pipeline.signals import end_with_parent
+from pipeline.sources import require_named
 
 OUTCOME = "DCGAN_OUTCOME"
 """Environment variable of launch/run.py: the folder where each rank says how it ended, since torchrun does not tell."""
@@ -50,6 +50,7 @@ def train(argv: list[str]) -> int:
     try:
         options = parse(argv)
         options.config.per_rank(int(os.environ.get("WORLD_SIZE", 1)))  # before any process group
+        require_named(options.config.data.dataroot)
         if options.dry_run:
             if leads:
                 print(describe(options))
@@ -81,31 +82,14 @@ def leave_outcome(state: str, exit_code: int | None, reason: str) -> None:
     path = Path(folder, f"{distributed.rank_from_environment()}.json")
     aside = path.with_suffix(f".{os.getpid()}")
     told = {"state": state, "exit_code": exit_code, "reason": reason, "restart": distributed.restart_count()}
-    aside.write_text(json.dumps(told | {"pid": os.getpid()}))
-    aside.replace(path)
-
-
-def activation_bytes(cfg: Config, precision: str, per_rank: int) -> int:
-    """About what a step keeps for backward: each layer's output before and after its activation, G once, D twice."""
-    generator, discriminator = assembly.build_networks(cfg, torch.device("meta"))
-    height, width = cfg.data.size
-
-    def outputs(network: torch.nn.Module, example: torch.Tensor) -> int:
-        total = 0
-
-        def count(_module: object, _inputs: object, output: torch.Tensor) -> None:
-            nonlocal total
-            total += output.numel()
-
-        for layer in network.layers:  # type: ignore[union-attr]
-            layer.register_forward_hook(count)
-        network(example)
-        return total
-
-    latents = torch.empty(1, cfg.model.nz, device="meta")
-    images = torch.empty(1, cfg.data.nc, height, width, device="meta")
-    width_bytes = 4 if precision in ("fp32", "tf32") else 2
-    return per_rank * width_bytes * (outputs(generator, latents) + 2 * outputs(discriminator, images))
+    text = json.dumps(told | {"pid": os.getpid()})
+    try:
+        aside.write_text(text)
+        aside.replace(path)
+    except OSError:  # a full disk, which still has the block of what was said before
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+            path.write_text(text)
 
 
 def describe(options: Options) -> str:
@@ -115,11 +99,8 @@ def describe(options: Options) -> str:
     ranks = distributed.from_environment()
     plan = assembly.make_plan(cfg, dataset, ranks)
     world_size = ranks.world_size
-    generator, discriminator = assembly.build_networks(cfg, torch.device("meta"))
-    sizes = [sum(p.numel() for p in n.parameters()) for n in (generator, discriminator)]
-    states = 4 * (sum(sizes) * 4 + (sizes[0] if cfg.optim.ema_half_life_images else 0))  # weight, gradient, two moments
-    activations = activation_bytes(cfg, plan.precision, cfg.per_rank(world_size))
-    flops = step_flops(generator, discriminator, *cfg.data.size)
+    networks = sizes.networks_of(cfg)
+    memory = sizes.memory_of(cfg, networks, plan.precision, cfg.per_rank(world_size))
     lines = [
         to_yaml(cfg).rstrip(),
         "---",
@@ -128,14 +109,14 @@ def describe(options: Options) -> str:
         f"fingerprint {dataset.index.fingerprint[:12]}",
         *(f"{reason.split(' ')[0]:<21} {reason.split(' ', 1)[1]}" for reason in plan.reasons),
         f"step mode             {plan.mode}",
-        f"generator             {sizes[0]:,} parameters",
-        f"discriminator         {sizes[1]:,} parameters",
-        f"arithmetic            {flops / 1e6:,.1f} MFLOP an image and step",
+        f"generator             {networks.generator:,} parameters",
+        f"discriminator         {networks.discriminator:,} parameters",
+        f"arithmetic            {networks.flops / 1e6:,.1f} MFLOP an image and step",
         f"ranks                 {world_size}, {cfg.per_rank(world_size)} images of each batch on each",
         f"steps                 {plan.num_steps:,} of {cfg.train.batch_size}: {plan.total_images:,} images, "
         f"{plan.total_images / len(dataset):.2f} epochs",
         f"learning rate         {cfg.optim.scaled_lr(cfg.train.batch_size):g}",
-        f"memory a rank         about {(states + activations) / 2**30:.2f} GiB: weights and optimisers "
-        f"{states / 2**30:.2f}, activations {activations / 2**30:.2f}; Python and libraries come on top",
+        f"memory a rank         about {memory.total / 2**30:.2f} GiB: weights and optimisers "
+        f"{memory.states / 2**30:.2f}, activations {memory.activations / 2**30:.2f}; Python and libraries come on top",
     ]
     return "\n".join(lines)
