@@ -77,7 +77,9 @@ def start(cfg: DistributedConfig) -> Ranks:
     if ranks.world_size > 1:
         timeout = timedelta(seconds=cfg.start_timeout_s)
         store = fresh_store(ranks.rank, ranks.world_size, timeout)
-        place: dict[str, Any] = {} if store is None else {"store": store, "rank": ranks.rank, "world_size": ranks.world_size}
+        place: dict[str, Any] = {}
+        if store is not None:
+            place = {"store": store, "rank": ranks.rank, "world_size": ranks.world_size}
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", timeout=timeout, device_id=ranks.device if on_gpu else None, **place
         )

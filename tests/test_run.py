@@ -376,6 +376,8 @@ def test_patience_with_a_stuck_torchrun_is_short_only_where_it_is_over():
         assert run.patience_s(node(*said), restarts=True, grace_s=90) == 600
     for said in ([FINISHED], [PREEMPTED, FINISHED]):
         assert run.patience_s(node(*said), restarts=False, grace_s=90) == 600
+    # All have saved and left: torchrun only waits for a node that may be gone.
+    assert run.patience_s(node(PREEMPTED, PREEMPTED), restarts=True, grace_s=90) == run.LEFT_S
 
 
 def test_outcomes_are_read_by_rank_and_a_file_that_is_none_counts_as_silence(tmp_path):

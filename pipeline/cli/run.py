@@ -52,6 +52,9 @@ SAME_REQUEST_S = 1.0
 """Slurm and terminals send several signals for one request."""
 EXIT_BARRIER_S = 600.0
 """How long an agent without workers may wait for other nodes; torchrun's own barrier gives up after 300."""
+LEFT_S = 5.0
+"""How long torchrun may stay when all workers have saved and left: on a node that was not itself told to stop it waits
+in its exit barrier for the one that was and is gone (306 s, 2026-11)."""
 NOW_S, SURELY_S = 1.0, 10.0
 """How long killed processes are waited for: when someone insists, and otherwise."""
 
@@ -221,7 +224,10 @@ def explain(
 
 def patience_s(outcomes: Sequence[Outcome], *, restarts: bool, grace_s: float) -> float:
     """How long torchrun may go on with no worker alive: not long when all it has left to do is to end."""
-    over = not restarts and any(o.state == "failed" or o.silent for o in latest(outcomes))
+    last = latest(outcomes)
+    if last and all(o.state == "preempted" for o in last):
+        return min(LEFT_S, grace_s)  # every rank has waited for the checkpoint before it said so
+    over = not restarts and any(o.state == "failed" or o.silent for o in last)
     return grace_s if over else max(EXIT_BARRIER_S, grace_s)
 
 
