@@ -159,6 +159,7 @@ class Attempt:
                 self._update_status(ending.images_seen)
                 raise ending.error from None
             distributed.together(self.writer.wait)
+            self._update_status(self.images_seen)
         return self.images_seen, self.writer.last or (found.folder if found else None), self.timing.elapsed_s()
 
     def _loop(self, feed: Feed) -> int:
@@ -176,9 +177,9 @@ class Attempt:
 
         every_step = cfg.train.batch_size
         maintenance = [
-            Maintenance(every_step, self._vote),
             Maintenance(cfg.log.every_steps * every_step, self._log_row),
             Maintenance(cfg.log.grid_every_images, self._show_fakes),
+            Maintenance(every_step, self._vote),  # may end the run: after what else is due at this step
             Maintenance(cfg.checkpoint.every_images, self._save_if_good),
             Maintenance(every_step, lambda _seen: self.own_time.begin()),  # last: what maintenance takes is no work
         ]
@@ -272,7 +273,7 @@ class Attempt:
         if collapsed:
             self._event(f"collapse: {collapsed}", seen)
             if cfg.watch.on_collapse == "rollback":
-                raise Diverging(f"collapse: {collapsed}", seen)
+                raise Diverging(f"collapse: {collapsed}", seen, seen - self.collapse.held)
             if cfg.watch.on_collapse == "stop":
                 error = Diverged(f"collapse: {collapsed} (watch.on_collapse is stop)")
                 error.shared = True
@@ -300,7 +301,8 @@ class Attempt:
 
     def _save(self, seen: int) -> None:
         distributed.together(self.writer.wait)  # a write that failed ends every rank
-        if not self.skips.streak:
+        collapsing = self.cfg.watch.on_collapse == "rollback" and self.collapse.held
+        if not self.skips.streak and not collapsing:
             self.history = self.history.past_trouble(seen)
         mine = checkpoints.buffers_of(self.step.players), self.meters.state()
         buffers, partial = zip(*distributed.gather(mine), strict=True)

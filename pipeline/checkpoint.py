@@ -6,7 +6,7 @@ tensors and plain values only and are read with weights_only=True.
     RUN/checkpoints/images-000025600/
         state.pt        both networks, both optimisers, both scalers, G's average, every rank's BatchNorm statistics
         config.yaml     the resolved settings
-        manifest.json   sums and sizes of the files, images seen, what a resumed run must share, the layout
+        manifest.json   sums and sizes of the files, images seen, what a resumed run must share, the layout; its own sum
 """
 
 from __future__ import annotations
@@ -186,7 +186,8 @@ def write(
     torch.save(state, buffer)  # into memory first: on a full disk torch.save raises an obscure RuntimeError
     files: dict[str, bytes | memoryview] = {"state.pt": buffer.getbuffer(), "config.yaml": config_yaml.encode()}
     sums = {k: {"sha256": hashlib.sha256(v).hexdigest(), "bytes": memoryview(v).nbytes} for k, v in files.items()}
-    text = json.dumps({"format": FORMAT, **manifest, "files": sums}, indent=1)
+    whole = {"format": FORMAT, **manifest, "files": sums}
+    text = json.dumps(whole | {"sha256": _sum_of(whole)}, indent=1)
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -207,6 +208,11 @@ def write(
     return final
 
 
+def _sum_of(manifest: dict[str, Any]) -> str:
+    """Of its values, however they are laid out as text."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def verify(folder: Path) -> Checkpoint:
     """The checkpoint in a folder, every byte checked.
 
@@ -225,6 +231,9 @@ def verify(folder: Path) -> Checkpoint:
                 raise StorageError(f"{folder / name} does not match its manifest")
         if _NAME.fullmatch(folder.name) and count_of(folder) != manifest["images_seen"]:
             raise StorageError(f"{folder / 'manifest.json'} speaks of {manifest['images_seen']} images")
+        own = manifest.pop("sha256", None)  # older versions wrote none
+        if own not in (None, _sum_of(manifest)):
+            raise StorageError(f"{folder / 'manifest.json'} does not match its own sum")
     except OSError as error:
         raise StorageError(f"{error.filename}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):

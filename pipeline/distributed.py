@@ -112,6 +112,11 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def launcher() -> str:
+    """The name of torchrun's job, which its restarts share; empty: none of torchrun's."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
 def restart_count() -> int:
     """How often torchrun has started this rank's group anew; 0: the first start, or none of torchrun's."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

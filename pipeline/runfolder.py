@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -117,11 +118,14 @@ class RunFolder:
             "error": f"{type(error).__name__}: {error}"[:1000],
             "traceback": "".join(traceback.format_exception(error))[-4000:],
         }
-        handle = os.open(self.path / "failures.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, (json.dumps(line) + "\n").encode())
-        finally:
-            os.close(handle)
+        text = json.dumps(line).encode() + b"\n"
+        with (self.path / "failures.jsonl").open("ab+", buffering=0) as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    text = b"\n" + text  # a full disk or a crash has cut the line before short
+            if (file.write(text) or 0) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def root_cause(self, patience_s: float) -> tuple[str, int]:
         """The first failure of this start that was not another rank's loss, else the first of all; and its exit code.
@@ -140,8 +144,11 @@ class RunFolder:
         return f"{lost}rank {first['rank']} on {first['host']}: {first['error']}", first["exit_code"]
 
     def _failures(self) -> list[dict[str, Any]]:
-        lines = (self.path / "failures.jsonl").read_text().splitlines()
-        return [found for found in map(json.loads, lines) if found["launch"] == self.launch]
+        found = []
+        for line in (self.path / "failures.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError):  # cut short
+                found.append(json.loads(line))
+        return [failure for failure in found if failure["launch"] == self.launch]
 
     def grid(self, images_seen: int) -> Path:
         """Where the grid of the fixed latents after so many images lies."""

@@ -88,11 +88,13 @@ class Run:
         data = Data(dataset, samples, self._build_cache(dataset, samples, plan, threads), threads)
         history = history_of(found)
         while True:
+            attempt = Attempt(self, plan, data, found, history)
             try:
-                images_seen, last, elapsed_s = Attempt(self, plan, data, found, history).train()
+                images_seen, last, elapsed_s = attempt.train()
                 break
             except Diverging as trouble:
-                found, history = self._go_back(trouble, history)
+                found, history = self._go_back(trouble, attempt.history)
+                del attempt  # its networks make room for the next one's
         if ranks.leads:
             self._finish(images_seen, last, elapsed_s)
 
@@ -102,7 +104,7 @@ class Run:
         below = history.went_back_to if again else None
 
         def choose() -> checkpoints.Checkpoint | None:
-            newest = checkpoints.newest(self.folder.path, self.say)
+            newest = checkpoints.newest(self.folder.path, self.say, below=trouble.began + 1)
             if newest and below is not None and newest.images_seen == below:
                 newest = checkpoints.newest(self.folder.path, self.say, below=below) or newest
             # May end the run, and then leaves the checkpoints as they are.
@@ -127,10 +129,11 @@ class Run:
         self.folder.prepare()
         status = self.folder.status
         restarted = distributed.restart_count() > 0
-        if restarted and status.get("exit_code") in (DataError.exit_code, Diverged.exit_code):
+        final = status.get("exit_code") in (DataError.exit_code, Diverged.exit_code)
+        if restarted and final and status.get("launcher", "") == distributed.launcher():
             # torchrun restarts whatever failed; this would fail again.
             error = DataError if status["exit_code"] == DataError.exit_code else Diverged
-            raise error(f"not tried again: {status['reason']}")
+            raise error(f"not tried again: {str(status['reason']).removeprefix('not tried again: ')}")
         # A restart goes on: resume none was about what an earlier run left here.
         if self.cfg.run.resume == "none" and not restarted:
             aside = self.folder.move_aside()
@@ -228,7 +231,8 @@ class Run:
 
     def failed(self, error: BaseException, code: int) -> None:
         """Write down what ended this rank, and into status.json what ended the run first."""
-        get_error_handler().record_exception(error)  # torchrun names the rank whose file is the oldest
+        with contextlib.suppress(OSError):  # a full disk
+            get_error_handler().record_exception(error)  # torchrun names the rank whose file is the oldest
         if self.folder.ready:
             try:
                 self._write_failure(error, code)
@@ -238,7 +242,7 @@ class Run:
     def _write_failure(self, error: BaseException, code: int) -> None:
         if isinstance(error, UserError | ConfigError) and error.shared:
             if self.ranks.leads:
-                self.folder.update(state="failed", reason=str(error), exit_code=code)
+                self.folder.update(state="failed", reason=str(error), exit_code=code, launcher=distributed.launcher())
             return
         lost = distributed.lost_peer(error)
         self.folder.add_failure(self.ranks.rank, error, code, lost_peer=lost)

@@ -30,12 +30,17 @@ _SLOW_SHARE = 0.1
 
 
 class Diverging(Exception):
-    """Training goes wrong in a way that going back may mend.  Raised at the same step on every rank."""
+    """Training goes wrong in a way that going back may mend.  Raised at the same step on every rank.
 
-    def __init__(self, reason: str, images_seen: int) -> None:
+    Args:
+        began: images seen when it began, where checkpoints were made since; None: none were.
+    """
+
+    def __init__(self, reason: str, images_seen: int, began: int | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
         self.images_seen = images_seen
+        self.began = images_seen if began is None else began
 
 
 class SkipWatch:
@@ -66,11 +71,16 @@ class CollapseWatch:
         """Images that each sign has held for without a break."""
         self._told: set[str] = set()
 
+    @property
+    def held(self) -> int:
+        """Images that a sign has held for, told or not; the longer of the two."""
+        return max(self._images.values())
+
     def look(self, row: dict[str, Any], images: int) -> str:
         """What has collapsed, told once until it has passed; empty: nothing new.
 
         Args:
-            row: with loss_d and diversity, None or NaN where no step of the row was finite.
+            row: with loss_d and diversity, NaN where no step of the row was finite.
             images: since the row before.
         """
         signs = {
@@ -170,8 +180,12 @@ class HangWatch:
             self._thread.start()
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(TICK_S, self.hang_s / 4)):
+        tick, looked = min(TICK_S, self.hang_s / 4), time.monotonic()
+        while not self._closed.wait(tick):
             faulthandler.dump_traceback_later(2 * self.hang_s, exit=True)
+            before, looked = looked, time.monotonic()
+            if looked - before > self.hang_s / 2:  # the whole process stood still, stopped by a scheduler perhaps
+                self._last = looked
             if time.monotonic() - self._last > self.hang_s:
                 self._end(f"no step for {self.hang_s:g} seconds on rank {self.rank} ({socket.gethostname()})")
 

@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,57 +8,19 @@ import torch
 from pipeline import checkpoint as checkpoints
 from pipeline.checkpoint_writer import Writer
 from pipeline.cli.options import to_yaml
-from pipeline.config import Config, DataConfig, ModelConfig, OptimConfig
+from pipeline.config import OptimConfig
 from pipeline.errors import StorageError
 from pipeline.models import Discriminator, Generator
-from pipeline.step import FastStep, make_players
-
-MANIFEST = {"identity": {}, "layout": {}, "begun_from": ""}
-CFG = Config(data=DataConfig(image_size=16), model=ModelConfig(nz=4, ngf=2, ndf=2))
-
-
-def make_players_(lr=2e-4, precision="fp32", seed=0):
-    torch.manual_seed(seed)
-    pair = Generator(4, 2, 3, 16, 16), Discriminator(2, 3, 16, 16)
-    return make_players(*pair, OptimConfig(), lr=lr, precision=precision)
-
-
-def train_some(players, steps=2, precision="fp32"):
-    step = FastStep(players, precision, channels_last=False, ema_half_life_images=100)
-    random = torch.Generator().manual_seed(steps)
-    for _ in range(steps):
-        images = torch.randint(0, 256, (4, 16, 16, 3), generator=random, dtype=torch.uint8)
-        step(images, torch.randn(4, 4, generator=random), 1000, 4)
-
-
-def snapshot(players):
-    return checkpoints.snapshot(players, [checkpoints.buffers_of(players)])
-
-
-def write(run, players, images_seen):
-    return checkpoints.write(run, snapshot(players), to_yaml(CFG), MANIFEST | {"images_seen": images_seen})
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys() if isinstance(one, dict) else True
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        for key in one:
-            assert_same(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        for a, b in zip(one, other, strict=True):
-            assert_same(a, b)
-    else:
-        assert one == other
+from pipeline.step import make_players
+from tests.players import CFG, MANIFEST, assert_same, snapshot, tiny_players, train_some, write
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_everything_comes_back_to_the_bit_and_training_goes_on_the_same(tmp_path, precision):
-    players = make_players_(precision=precision)
+    players = tiny_players(precision=precision)
     train_some(players, 3, precision)
     write(tmp_path, players, 12)
-    other = make_players_(precision=precision, seed=1)
+    other = tiny_players(precision=precision, seed=1)
     checkpoints.restore(other, checkpoints.load(checkpoints.newest(tmp_path)), 0, 1)
     assert_same(snapshot(other), snapshot(players))
     train_some(players, 2, precision)
@@ -66,7 +29,7 @@ def test_everything_comes_back_to_the_bit_and_training_goes_on_the_same(tmp_path
 
 
 def test_a_snapshot_is_not_touched_by_the_training_that_follows():
-    players = make_players_()
+    players = tiny_players()
     train_some(players)
     state = snapshot(players)
     weights = state["generator"]["layers.0.weight"].clone()
@@ -77,7 +40,7 @@ def test_a_snapshot_is_not_touched_by_the_training_that_follows():
 
 
 def test_a_changed_learning_rate_stays_changed_on_resume():
-    old, new = make_players_(lr=1e-3), make_players_(lr=1e-5)
+    old, new = tiny_players(lr=1e-3), tiny_players(lr=1e-5)
     train_some(old)
     checkpoints.restore(new, snapshot(old), 0, 1)
     assert new.optimizer_g.param_groups[0]["lr"] == new.optimizer_d.param_groups[0]["lr"] == 1e-5
@@ -85,7 +48,7 @@ def test_a_changed_learning_rate_stays_changed_on_resume():
 
 
 def test_each_rank_gets_its_own_statistics_and_another_world_size_their_mean():
-    players = make_players_()
+    players = tiny_players()
     buffers = checkpoints.buffers_of(players)
     state = checkpoints.snapshot(players, [buffers, buffers + 2])
     for rank, expected in ((0, buffers), (1, buffers + 2)):
@@ -95,29 +58,33 @@ def test_each_rank_gets_its_own_statistics_and_another_world_size_their_mean():
     assert torch.equal(checkpoints.buffers_of(players), buffers + 1)
 
 
-def flip_a_bit(path):
+def flip_a_bit(path, place=0.5):
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[int(place * len(data))] ^= 1
     path.write_bytes(data)
 
 
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+FILES = ("state.pt", "config.yaml", "manifest.json")
 DAMAGE = {
-    "bit flipped": lambda folder: flip_a_bit(folder / "state.pt"),
-    "cut short": lambda folder: (folder / "state.pt").write_bytes((folder / "state.pt").read_bytes()[:-100]),
-    "file missing": lambda folder: (folder / "state.pt").unlink(),
-    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
-    "manifest cut short": lambda folder: (folder / "manifest.json").write_text('{"images_seen": 20, "fil'),
+    f"{name} {what}": lambda folder, do=do, name=name: do(folder / name)
+    for name in FILES
+    for what, do in {"cut short": cut_short, "with a bit flipped": flip_a_bit, "missing": Path.unlink}.items()
+} | {
     "manifest of something else": lambda folder: (folder / "manifest.json").write_text("[1, 2]"),
-    "config changed": lambda folder: (folder / "config.yaml").write_text("data: {}"),
     "another format": lambda folder: (folder / "manifest.json").write_text(
         json.dumps(json.loads((folder / "manifest.json").read_text()) | {"format": 99})
     ),
 }
 
 
+# rows 11, 12 and 13
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_the_loader_walks_back_over_a_damaged_checkpoint_and_says_so(tmp_path, damage):
-    players = make_players_()
+    players = tiny_players()
     write(tmp_path, players, 10)
     damage(write(tmp_path, players, 20))
     said = []
@@ -127,18 +94,42 @@ def test_the_loader_walks_back_over_a_damaged_checkpoint_and_says_so(tmp_path, d
     assert "images-000000020" in said[0]
 
 
+# row 12
+def test_wherever_a_bit_flips_in_a_manifest_nothing_wrong_is_believed(tmp_path):
+    folder = write(tmp_path, tiny_players(), 10)
+    manifest = checkpoints.verify(folder).manifest
+    path = folder / "manifest.json"
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        found = checkpoints.newest(tmp_path, lambda _: None)
+        refused += found is None
+        # Only the name of the sum itself is not summed.
+        assert found is None or manifest.items() <= found.manifest.items(), (place, found.manifest)
+    assert refused > 0.9 * len(whole)
+
+
+def test_a_manifest_of_a_version_without_its_own_sum_is_read(tmp_path):
+    path = write(tmp_path, tiny_players(), 10) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    path.write_text(json.dumps(manifest))
+    assert checkpoints.newest(tmp_path).images_seen == 10
+
+
 def test_a_partial_write_is_no_checkpoint_and_the_next_write_clears_it(tmp_path):
-    folder = write(tmp_path, make_players_(), 10)
+    folder = write(tmp_path, tiny_players(), 10)
     partial = folder.with_name(".images-000000020.partial")
     shutil.copytree(folder, partial)
     assert checkpoints.newest(tmp_path).images_seen == 10
-    write(tmp_path, make_players_(), 20)
+    write(tmp_path, tiny_players(), 20)
     assert not partial.exists()
     assert checkpoints.newest(tmp_path).images_seen == 20
 
 
 def test_a_disk_that_refuses_leaves_the_old_checkpoint_and_nothing_half_written(tmp_path, monkeypatch):
-    players = make_players_()
+    players = tiny_players()
     write(tmp_path, players, 10)
 
     def full(_handle):
@@ -149,27 +140,6 @@ def test_a_disk_that_refuses_leaves_the_old_checkpoint_and_nothing_half_written(
         write(tmp_path, players, 20)
     assert caught.value.exit_code == 74
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["images-000000010"]
-
-
-def test_the_writer_keeps_the_newest_and_the_milestones(tmp_path):
-    writer = Writer(tmp_path, keep=2, milestone_images=[25])
-    players = make_players_()
-    for images_seen in (10, 20, 30, 40, 50, 60):
-        writer.save(snapshot(players), to_yaml(CFG), MANIFEST | {"images_seen": images_seen})
-    writer.wait()
-    writer.close()
-    counts = sorted(int(p.name[7:]) for p in (tmp_path / "checkpoints").iterdir())
-    assert counts == [30, 50, 60]
-    assert writer.last == checkpoints.folder_of(tmp_path, 60)
-
-
-def test_the_writers_failure_reaches_the_training_thread(tmp_path):
-    (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    writer = Writer(tmp_path, keep=1, milestone_images=[])
-    writer.save(snapshot(make_players_()), to_yaml(CFG), MANIFEST | {"images_seen": 10})
-    with pytest.raises(StorageError, match="cannot write the checkpoint"):
-        writer.wait()
-    writer.close()
 
 
 class Marker:
@@ -193,7 +163,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
 
 def test_bytes_that_are_not_the_manifests_are_not_loaded(tmp_path):
     """The manifest is rank 0's; the file is what this machine sees."""
-    found = checkpoints.verify(write(tmp_path, make_players_(), 10))
+    found = checkpoints.verify(write(tmp_path, tiny_players(), 10))
     flip_a_bit(found.folder / "state.pt")
     with pytest.raises(StorageError, match=r"state\.pt is not the file of the manifest.*every machine"):
         checkpoints.load(found)
@@ -203,7 +173,7 @@ def test_bytes_that_are_not_the_manifests_are_not_loaded(tmp_path):
 
 
 def test_the_generator_opens_from_a_run_or_a_checkpoint_folder(tmp_path):
-    players = make_players_()
+    players = tiny_players()
     train_some(players)
     folder = write(tmp_path, players, 10)
     for path in (tmp_path, folder):
@@ -223,7 +193,7 @@ def test_a_path_without_a_checkpoint_is_one_line_that_names_it(tmp_path, make):
 
 
 def test_weights_of_another_width_are_refused(tmp_path):
-    state = snapshot(make_players_())
+    state = snapshot(tiny_players())
     torch.manual_seed(0)
     wider = make_players(Generator(4, 3, 3, 16, 16), Discriminator(3, 3, 16, 16), OptimConfig(), lr=1, precision="fp32")
     with pytest.raises(StorageError, match="do not fit this model"):
@@ -235,12 +205,7 @@ def test_adams_moments_follow_their_parameters_memory_format(before):
     """The fused kernel walks parameter and moments as flat memory: other strides would mix up their elements."""
     after = torch.channels_last if before == torch.contiguous_format else torch.contiguous_format
 
-    def laid_out(memory_format):
-        players = make_players_()
-        pair = [n.to(memory_format=memory_format) for n in (players.generator, players.discriminator)]
-        return make_players(*pair, OptimConfig(), lr=2e-4, precision="fp32")
-
-    one, other = laid_out(before), laid_out(after)
+    one, other = tiny_players(memory_format=before), tiny_players(memory_format=after)
     train_some(one)
     checkpoints.restore(other, snapshot(one), 0, 1)
     for optimizer in (other.optimizer_g, other.optimizer_d):
@@ -253,7 +218,7 @@ def test_adams_moments_follow_their_parameters_memory_format(before):
 
 
 def test_newest_is_by_number_and_strangers_are_passed_over(tmp_path):
-    players = make_players_()
+    players = tiny_players()
     folder = write(tmp_path, players, 999_999_936)
     write(tmp_path, players, 1_000_000_064)
     shutil.copytree(folder, folder.with_name("images-2000000000-good"))
@@ -267,7 +232,7 @@ def test_newest_is_by_number_and_strangers_are_passed_over(tmp_path):
 
 
 def test_checkpoints_that_a_run_does_not_go_on_from_neither_count_nor_vanish(tmp_path):
-    players = make_players_()
+    players = tiny_players()
     for images_seen in (25, 50, 75):
         write(tmp_path, players, images_seen)
     for images_seen in (50, 75):
@@ -284,7 +249,7 @@ def test_checkpoints_that_a_run_does_not_go_on_from_neither_count_nor_vanish(tmp
 
 
 def test_a_manifest_that_speaks_of_other_images_is_passed_over(tmp_path):
-    folder = write(tmp_path, make_players_(), 10)
+    folder = write(tmp_path, tiny_players(), 10)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"images_seen": 18}))
     assert checkpoints.newest(tmp_path, lambda _: None) is None

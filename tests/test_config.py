@@ -2,6 +2,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 import yaml
 
 from pipeline.cli import train as command
@@ -29,12 +30,33 @@ MISTAKES = [
     (["--data.image_size", "66"], ["data.image_size", "divisible by 16", "66"]),
     (["--data.image_size", "[64, 32, 3]"], ["data.image_size", "one or two sides"]),
     (["--data.flip", "maybe"], ["data.flip", "bool", "maybe"]),
-    (["--data", "3"], ["section", "3"]),
+    (["--data.image_size", "[64, wide]"], ["data.image_size", "int or list[int]", "wide"]),
+    (["--data", "3"], ["data is a section", "3"]),
+    (["--watch", "off"], ["watch is a section", "off"]),
     (["--data.nc"], ["--data.nc", "expected one argument"]),
     (["--train.num_epochs", ".inf"], ["train.num_epochs", "finite", "inf"]),
     (["--data.nc", "1", "--data.hue", "5"], ["data.hue", "data.nc is 1"]),
+    (["--train.max_minutes", "-1"], ["train.max_minutes", "at least 0", "-1"]),
+    (["--checkpoint.milestone_images", "[100, 0]"], ["checkpoint.milestone_images", "at least 1", "0"]),
+    (["--checkpoint.milestone_images", "[soon]"], ["checkpoint.milestone_images", "int", "soon"]),
+    (["--distributed.bucket_cap_mb", ".inf"], ["distributed.bucket_cap_mb", "finite", "inf"]),
+    (["--log.grid_size", "1025"], ["log.grid_size", "between 1 and 1024", "1025"]),
+    (["--watch.max_skipped_steps", "0"], ["watch.max_skipped_steps", "at least 1", "0"]),
+    (["--watch.max_rollbacks", "-1"], ["watch.max_rollbacks", "at least 0", "-1"]),
+    (["--watch.min_loss_scale", "0"], ["watch.min_loss_scale", "above 0", "0"]),
+    (["--watch.min_loss_d", ".inf"], ["watch.min_loss_d", "finite", "inf"]),
+    (["--watch.min_diversity", "1.5"], ["watch.min_diversity", "between 0 and 1", "1.5"]),
+    (["--watch.slow_rank_ratio", "1"], ["watch.slow_rank_ratio", "above 1", "1.0"]),
+    (["--watch.slow_rank_ratio", ".nan"], ["watch.slow_rank_ratio", "nan"]),
+    (["--watch.hang_s", "-1"], ["watch.hang_s", "at least 0", "-1"]),
+    (["--watch.hang_s", "1.5"], ["watch.hang_s", "int", "1.5"]),
+    (["--watch.collapse_images", "-1"], ["watch.collapse_images", "at least 0", "-1"]),
+    (["--watch.on_collapse", "panic"], ["watch.on_collapse", "alert, stop, rollback", "panic"]),
+    (["--watch.skip_nonfinite", "true"], ["--watch.skip_nonfinite", "watch.skip_non_finite?"]),
+    (["--data.dataroot", ""], ["data.dataroot", "photographs"]),
     (["photos/"], ["photos/", "belongs to no option"]),
     (["--config", "nowhere.yaml"], ["--config", "nowhere.yaml"]),
+    (["--config", "."], ["--config"]),
 ]
 FILES = [
     ("data:\n  nc: 3\n  nc: 1\n", ["data.nc", "twice", "lines 2 and 3"]),
@@ -45,7 +67,28 @@ FILES = [
     ("data: [unclosed\n", ["not YAML", "line 2"]),
     ("", ["no settings"]),
     ("optim: {lr: fast}\n", ["optim.lr", "float", "fast"]),
+    ("watch: 3\n", ["watch is a section", "3"]),
+    ("watch:\n", ["watch is a section", "None"]),
+    ("data: [nc, 3]\n", ["data is a section", "nc"]),
+    ("watch: {hang_s: null}\n", ["watch.hang_s", "null"]),
+    ("watch: {hang_s: [5]}\n", ["watch.hang_s", "int", "[5]"]),
+    ("precision: {kind: bf16}\n", ["precision", "bf16"]),
+    ("- data\n", ["no settings"]),
+    ("train:\n\tbatch_size: 8\n", ["not YAML", "line 2"]),
+    ("data: &a [*a]\n", ["anchor that refers to itself"]),
+    ("data: {nc: !!python/name:os.system }\n", ["not YAML", "python/name:os.system"]),
+    ("\ufeff\x00", ["not YAML"]),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_begins(monkeypatch, tmp_path):
+    """One of two ranks, which would meet the other at once: a mistake is told before that, and before any folder."""
+    monkeypatch.setattr(dist, "init_process_group", lambda *_args, **_keys: pytest.fail("a process group was made"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".yaml"] == []
 
 
 def complaint(capsys, monkeypatch, arguments) -> str:
@@ -63,11 +106,13 @@ def check(text: str, parts: list[str]) -> None:
         assert part in text, text
 
 
+# row 30
 @pytest.mark.parametrize(("arguments", "parts"), MISTAKES, ids=lambda v: " ".join(v))
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(capsys, monkeypatch, arguments, parts):
     check(complaint(capsys, monkeypatch, arguments), parts)
 
 
+# row 30
 @pytest.mark.parametrize(("text", "parts"), FILES, ids=lambda v: repr(v)[:40])
 def test_a_mistake_in_the_file_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, text, parts):
     path = tmp_path / "mine.yaml"
@@ -75,11 +120,20 @@ def test_a_mistake_in_the_file_is_one_line_and_exit_code_2(capsys, monkeypatch, 
     check(complaint(capsys, monkeypatch, ["--config", str(path)]), parts)
 
 
+# row 30
+def test_a_file_that_is_no_text_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"\xff\xd8\xff\xe0 a photograph")
+    check(complaint(capsys, monkeypatch, ["--config", str(path)]), ["--config", "no text"])
+
+
+# row 30
 def test_two_config_files_are_refused(capsys, monkeypatch):
     both = ["--config", str(CONFIGS[0]), "--config", str(CONFIGS[1])]
     check(complaint(capsys, monkeypatch, both), ["--config takes one file"])
 
 
+# row 30
 def test_a_batch_that_the_ranks_cannot_share_is_refused_before_they_meet(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     check(complaint(capsys, monkeypatch, []), ["train.batch_size", "3 ranks", "128"])

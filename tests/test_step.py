@@ -89,12 +89,12 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
-def make_step(kind, pair, precision="fp32", joint=False, channels_last=True, half_life=0):
+def make_step(kind, pair, precision="fp32", joint=False, channels_last=True, half_life=0, **guard):
     if channels_last:
         pair = [n.to(memory_format=torch.channels_last) for n in pair]
     cfg = OptimConfig(ema_half_life_images=half_life)
     players = make_players(*pair, cfg, lr=cfg.lr, precision=precision)
-    step = kind(players, precision, channels_last=channels_last, ema_half_life_images=half_life, joint=joint)
+    step = kind(players, precision, channels_last=channels_last, ema_half_life_images=half_life, joint=joint, **guard)
     step.caught = {}
     for name in ("g", "d"):
         optimizer = getattr(players, f"optimizer_{name}")
@@ -159,6 +159,48 @@ def test_an_overflow_in_fp16_skips_one_players_step_and_halves_its_scale():
     assert step.players.scaler_g.get_scale() == 256
     for name, p in step.players.discriminator.named_parameters():
         assert torch.equal(p, before[name]), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", [ReferenceStep, FastStep])
+def test_looking_for_numbers_that_are_not_finite_changes_no_bit_of_a_healthy_training(kind, precision):
+    guarded, plain = (make_step(kind, networks(), precision, half_life=100, guarded=g) for g in (True, False))
+    for i in range(4):
+        assert torch.equal(guarded(*data(i), i * N, N), plain(*data(i), i * N, N))
+    for network in ("generator", "discriminator"):
+        states = [getattr(step.players, network).state_dict() for step in (guarded, plain)]
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    for optimizer in ("optimizer_g", "optimizer_d"):
+        moments = [getattr(step.players, optimizer).state_dict()["state"] for step in (guarded, plain)]
+        assert all(torch.equal(m[key], moments[1][i][key]) for i, m in moments[0].items() for key in m)
+    assert all(torch.equal(value, plain.players.ema[name]) for name, value in guarded.players.ema.items())
+    assert guarded.skipped.tolist() == [0, 0]
+    assert guarded.hopeless == 0
+
+
+@pytest.mark.parametrize("kind", [ReferenceStep, FastStep])
+def test_without_looking_a_number_that_is_not_finite_spoils_the_networks(kind):
+    """What the look is for."""
+    for guarded, spoilt in ((True, False), (False, True)):
+        step = make_step(kind, networks(), guarded=guarded)
+        pixels, latents = data(0)
+        meters = step(pixels, latents * torch.nan, 0, N)
+        assert not torch.isfinite(meters[:2]).all()
+        for network in (step.players.generator, step.players.discriminator):
+            assert all(p.isfinite().all() for p in network.parameters()) is not spoilt
+            assert buffers(network).isfinite().all() != spoilt
+
+
+def test_images_that_lie_far_apart_show_in_the_spread():
+    step = make_step(FastStep, networks())
+    same = torch.full((N, SIDE, SIDE, 3), 200, dtype=torch.uint8)
+    halves = same.clone()
+    halves[: N // 2] = 0
+    _, latents = data(0)
+    spreads = [step(images, latents, i * N, N)[-2:].tolist() for i, images in enumerate((same, halves))]
+    assert spreads[0][0] == pytest.approx(0, abs=1e-6)
+    assert spreads[1][0] == pytest.approx(100 / 127.5)  # half of them 0, half 200
+    assert all(fake > 0 for _, fake in spreads)
 
 
 def test_gradients_return_to_d_after_gs_half():

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader, set_parsing_settings
 
-from pipeline.config import Config, ConfigError, did_you_mean, to_dict
+from pipeline.config import Config, ConfigError, did_you_mean, known_keys, to_dict
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -99,6 +99,7 @@ def parse(argv: list[str]) -> Options:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # jsonargparse announces its next major version here
             namespace = parser.parse_args(argv)
+            _refuse_gaps(namespace)
             values = (
                 parser.instantiate(namespace)
                 if hasattr(parser, "instantiate")
@@ -108,11 +109,31 @@ def parse(argv: list[str]) -> Options:
         raise ConfigError(_one_line(str(error))) from None
     except yaml.YAMLError as error:
         raise ConfigError(_one_line(f"Problems parsing config: {error}")) from None
+    except UnicodeDecodeError:
+        raise ConfigError("--config names a file that is no text") from None
+    except OSError as error:
+        raise ConfigError(f"--config names a file that cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise ConfigError("the configuration has an anchor that refers to itself") from None
     sections = {f.name: values[f.name] for f in dataclasses.fields(Config)}
     files = values.get("config") or []
     if len(files) > 1:
         raise ConfigError(f"--config takes one file, got {len(files)}: {', '.join(str(f) for f in files)}")
     return Options(Config(**sections), Path(str(files[0])).stem if files else "default", values["dry_run"])
+
+
+def _refuse_gaps(namespace: Namespace) -> None:
+    """A file may leave a section or a value empty, or give a section one value; jsonargparse then stumbles."""
+    for key in known_keys():
+        section = key.rpartition(".")[0]
+        if section and not isinstance(namespace[section], Namespace):
+            raise ConfigError(_section_wanted(section, namespace[section]))
+        if namespace[key] is None:
+            raise ConfigError(f"{key} must have a value, got null")
+
+
+def _section_wanted(section: str, found: object) -> str:
+    return f"{section} is a section and takes its settings one by one (--{section}.key value), got {found}"
 
 
 def _one_line(message: str) -> str:
@@ -133,10 +154,14 @@ def _one_line(message: str) -> str:
         return f"{key} is no setting{did_you_mean(key)}"
     if match := re.search(r"Option '([\w.]+)' is not accepted", text):
         return f"{match.group(1)} is no setting{did_you_mean(match.group(1))}"
-    if match := re.search(r"File does not exist: '(.*)'", text):
+    if match := re.search(r"(?:File does not exist|Path is not a file): '(.*)'", text):
         return f"--config names no file: {match.group(1)}"
-    if match := re.search(r"Unable to load config ['\"](.*?)['\"]", text):
-        return f"a section takes its settings one by one (--section.key value), got {match.group(1)}"
+    if match := re.search(r"""Parser key "([\w.]+)": Unable to load config ['"](.*?)['"]""", text):
+        return _section_wanted(*match.groups())
+    if match := re.search(r'Parser key "([\w.]+)": .* Union subtypes Subtypes: \[(.*?)\] Errors: .*value: (.*)$', text):
+        key, kinds, found = match.groups()
+        kinds = re.sub(r"<class '(.*?)'>", r"\1", kinds).replace(", ", " or ")
+        return f"{key} must be {kinds}, got {found}"
     if text.startswith("Unexpected config:"):
         return "the configuration holds no settings" + text.removeprefix("Unexpected config").rstrip(": ")
     return text.replace("Problems parsing config:", "the configuration is not YAML:").replace(
