@@ -206,7 +206,8 @@ class DistributedConfig:
     """Threads of a rank for arithmetic on the CPU. At least 0; 0: cores / ranks on this machine."""
 
     def __post_init__(self) -> None:
-        _require(self.bucket_cap_mb > 0, "distributed.bucket_cap_mb", "above 0", self.bucket_cap_mb)
+        finite = 0 < self.bucket_cap_mb < math.inf
+        _require(finite, "distributed.bucket_cap_mb", "above 0 and finite", self.bucket_cap_mb)
         for key in ("start_timeout_s", "step_timeout_s"):
             _require(getattr(self, key) >= 1, f"distributed.{key}", "at least 1", getattr(self, key))
         _require(self.threads >= 0, "distributed.threads", "at least 0", self.threads)
@@ -283,11 +284,16 @@ class LogConfig:
     """Pictures in a grid. 1 to 1024."""
     report: bool = True
     """Write report.html when training ends."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases beside TensorBoard: offline writes into run.dir/wandb only, online sends it there as well."""
+    wandb_project: str = "dcgan-faces"
+    """The project there."""
 
     def __post_init__(self) -> None:
         _require(self.every_steps >= 1, "log.every_steps", "at least 1", self.every_steps)
         _require(self.grid_every_images >= 0, "log.grid_every_images", "at least 0", self.grid_every_images)
         _require(1 <= self.grid_size <= 1024, "log.grid_size", "between 1 and 1024", self.grid_size)
+        _require(bool(self.wandb_project), "log.wandb_project", "a name", self.wandb_project)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,17 @@
-"""What training says while it runs: stats.jsonl, TensorBoard, a progress bar or plain lines.
+"""What training says while it runs: stats.jsonl, TensorBoard, W&B, a progress bar or plain lines.
 
 Losses add up on the device and are read every log.every_steps steps, the only place where the host waits for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,7 +26,9 @@ from tqdm import tqdm
 
 from pipeline.errors import StorageError
 from pipeline.feed import Feed
+from pipeline.pictures import written_aside
 from pipeline.step import METERS
+from pipeline.tracker import Tracker
 
 _TAGS = {
     "loss_d": "Loss/D",
@@ -172,9 +176,8 @@ def keep_lines_up_to(path: Path, images_seen: int) -> None:
         except (ValueError, KeyError):  # the last line of a killed run may be half written
             break
         kept.append(line + "\n")
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(kept))
-    aside.replace(path)
+    with written_aside(path) as aside:
+        aside.write_text("".join(kept))
 
 
 @dataclass
@@ -190,18 +193,22 @@ class Progress:
 class Log:
     """Rank 0's voice.  On the other ranks there is none."""
 
-    def __init__(self, run: Path, progress: Progress, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, run: Path, progress: Progress, stream: TextIO | None = None, tracker: Tracker | None = None
+    ) -> None:
         self.stream = stream or sys.stderr
+        self.tracker = tracker
         self.path = run / "stats.jsonl"
         self.resumed_at = progress.images_seen
         keep_lines_up_to(self.path, progress.images_seen)
         # What an earlier start wrote after this point is taken back; without one there is nothing to take back.
         again = (run / "tensorboard").exists()
-        self.board = SummaryWriter(
-            str(run / "tensorboard"),
-            purge_step=progress.images_seen + bool(progress.images_seen) if again else None,
-        )
-        self.board.add_custom_scalars(_CHARTS)
+        with self._board_writes():
+            self.board = SummaryWriter(
+                str(run / "tensorboard"),
+                purge_step=progress.images_seen + bool(progress.images_seen) if again else None,
+            )
+            self.board.add_custom_scalars(_CHARTS)
         self.bar: tqdm[Any] | None = None
         if self.stream.isatty():
             self.bar = tqdm(
@@ -212,6 +219,18 @@ class Log:
                 dynamic_ncols=True,
                 smoothing=0.05,
             )
+
+    @contextlib.contextmanager
+    def _board_writes(self) -> Iterator[None]:
+        """
+        Raises:
+            StorageError: the disk refused, as TensorBoard's own thread has met it.
+        """
+        try:
+            yield
+        except OSError as error:
+            folder = self.path.with_name("tensorboard")
+            raise StorageError(f"cannot write {folder}: {error.strerror or error}") from None
 
     def say(self, text: str) -> None:
         """One line for a person."""
@@ -233,10 +252,16 @@ class Log:
                 file.write(json.dumps(finite) + "\n")
         except OSError as error:
             raise StorageError(f"cannot write {self.path}: {error.strerror}") from None
-        for key, tag in [*_TAGS.items(), *_CHART_TAGS.items()]:
-            if finite.get(key) is not None:
-                self.board.add_scalar(tag, row[key], row["images_seen"])
-        self.board.flush()
+        with self._board_writes():
+            for key, tag in [*_TAGS.items(), *_CHART_TAGS.items()]:
+                if finite.get(key) is not None:
+                    self.board.add_scalar(tag, row[key], row["images_seen"])
+            self.board.flush()
+        if self.tracker is not None:
+            points = {tag: row[key] for key, tag in _TAGS.items() if finite.get(key) is not None}
+            self.tracker.log(points, row["images_seen"])
+            for news in self.tracker.news():
+                self.say(news)
         short = (
             f"Loss_D {row['loss_d']:.3f}  Loss_G {row['loss_g']:.3f}  D(x) {row['d_real']:.2f}"
             f"  D(G(z)) {row['d_fake_before']:.2f}/{row['d_fake_after']:.2f}"
@@ -255,16 +280,27 @@ class Log:
     def event(self, text: str, images_seen: int) -> None:
         """Something that a person should know: a line, and a text in TensorBoard."""
         self.say(text)
-        self.board.add_text("Events", text, images_seen)
-        self.board.flush()
+        with self._board_writes():
+            self.board.add_text("Events", text, images_seen)
+            self.board.flush()
+        if self.tracker is not None:
+            self.tracker.event(text, images_seen)
 
     def picture(self, tag: str, picture: Image.Image, images_seen: int) -> None:
         """Show a picture in TensorBoard."""
-        self.board.add_image(tag, pil_to_tensor(picture), images_seen)
-        self.board.flush()
+        with self._board_writes():
+            self.board.add_image(tag, pil_to_tensor(picture), images_seen)
+            self.board.flush()
+        if self.tracker is not None:
+            self.tracker.picture(tag, picture, images_seen)
 
     def close(self) -> None:
-        """End the bar and the event file."""
+        """End the bar, the event file and the tracker."""
+        for news in self.tracker.close() if self.tracker is not None else ():
+            self.say(news)
         if self.bar is not None:
             self.bar.close()
-        self.board.close()
+        try:
+            self.board.close()
+        except OSError as error:  # all else is there, and nothing may hide why training has ended
+            self.say(f"cannot write the last of {self.path.with_name('tensorboard')}: {error.strerror or error}")

@@ -3,6 +3,7 @@
 A key is a file's path below the dataset's root with '/' between its parts, so the same photographs have the same keys
 in a folder, a zip and a tar.  Hidden files and folders, `__MACOSX` and names without an image's ending are passed over.
 Archives are memory-mapped: reading a stored member is slicing, safe from any number of threads.
+Parquet and LMDB are in pipeline/parquet_source.py and pipeline/lmdb_source.py, and opened here.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 """First bytes of gzip, bzip2, xz and zstandard files."""
 MAX_MAPS = 256
 """Shards mapped at once; each map holds a file descriptor, and 1024 is a common limit."""
-ADVICE = "name a folder of images, a .zip, a .tar, or tar shards (a folder of them, or a pattern such as 'a/*.tar')"
+LMDB_MAGIC = b"\xde\xc0\xef\xbe"
+"""Of an LMDB's first page, at byte 16, as machines of x86's byte order write it."""
+ADVICE = (
+    "name a folder of images, a .zip, an LMDB, a .tar, a .parquet, or shards of the latter two"
+    " (a folder of them, or a pattern such as 'a/*.tar')"
+)
 
 
 class DamagedMember(DataError):
@@ -85,23 +91,31 @@ class Source(Protocol):
         ...
 
 
-def open_source(dataroot: str) -> Source:
-    """The files below a folder, in a zip, in a tar, in a folder of tar shards or in those that match a pattern.
-
+def require_named(dataroot: str) -> None:
+    """
     Raises:
         ConfigError: dataroot is empty.
-        DataError: nothing there, not readable, cut short, or a member whose path leaves its archive.
     """
     if not dataroot:
         raise ConfigError(f"data.dataroot must name the photographs, got ''; {ADVICE}")
+
+
+def open_source(dataroot: str) -> Source:
+    """The files below a folder, in a zip, an LMDB, a tar or Parquet file, a folder or pattern of the latter two.
+
+    Raises:
+        ConfigError: dataroot is empty, or the package that reads this format is not installed.
+        DataError: nothing there, not readable, cut short, or a member whose path leaves its archive.
+    """
+    require_named(dataroot)
     path = Path(dataroot).expanduser()
     try:
         if path.is_dir():
             return _open_folder(path)
         if not path.exists():
-            return TarSource(path, _matching(path))
+            return _open_shards(path, _matching(path))
         with path.open("rb") as file:
-            start = file.read(6)
+            start = file.read(20)
     except OSError as error:
         raise DataError(f"{shown(path)}: cannot be read ({error.strerror})") from error
     if start.startswith(COMPRESSED):
@@ -110,6 +124,10 @@ def open_source(dataroot: str) -> Source:
         return ZipSource(path)
     if path.suffix.lower() == ".tar" or tarfile.is_tarfile(path):
         return TarSource(path, [path])
+    if path.suffix.lower() == ".parquet" or start[:4] == b"PAR1":
+        return _open_parquet(path, [path])
+    if path.suffix.lower() in (".mdb", ".lmdb") or start[16:] == LMDB_MAGIC:
+        return _open_lmdb(path)
     raise DataError(f"{shown(path)}: is no dataset; {ADVICE}")
 
 
@@ -283,15 +301,34 @@ class TarSource:
 
 
 def _open_folder(path: Path) -> Source:
+    if (path / "data.mdb").is_file():
+        return _open_lmdb(path)
     folder = FolderSource(path)
     if len(folder):
         return folder
-    shards = sorted(p for p in path.iterdir() if p.suffix.lower() == ".tar" and not p.name.startswith("."))
-    if shards:
-        return TarSource(path, shards)
+    for ending in (".tar", ".parquet"):
+        shards = sorted(p for p in path.iterdir() if p.suffix.lower() == ending and not p.name.startswith("."))
+        if shards:
+            return _open_shards(path, shards)
     zips = sorted(p.name for p in path.iterdir() if p.suffix.lower() == ".zip")
     hint = f"; to read the zip in it, name {shown(path / zips[0])}" if zips else ""
     raise DataError(f"{shown(path)}: holds no image files{hint}")
+
+
+def _open_shards(path: Path, shards: list[Path]) -> Source:
+    return TarSource(path, shards) if shards[0].suffix.lower() == ".tar" else _open_parquet(path, shards)
+
+
+def _open_parquet(path: Path, shards: list[Path]) -> Source:
+    from pipeline.parquet_source import ParquetSource
+
+    return ParquetSource(path, shards)
+
+
+def _open_lmdb(path: Path) -> Source:
+    from pipeline.lmdb_source import LmdbSource
+
+    return LmdbSource(path)
 
 
 def _compressed(path: Path) -> DataError:
@@ -299,16 +336,19 @@ def _compressed(path: Path) -> DataError:
 
 
 def _matching(pattern: Path) -> list[Path]:
-    """The tar shards that a pattern names, sorted."""
+    """The tar or Parquet shards that a pattern names, sorted."""
     if not glob.has_magic(str(pattern)):
         raise DataError(f"{shown(pattern)}: does not exist")
     names = sorted(glob.glob(str(pattern), recursive=True))  # noqa: PTH207 (absolute ones too)
     shards = [Path(name) for name in names]
     if not shards:
         raise DataError(f"{shown(pattern)}: no file matches this pattern")
+    kind = shards[0].suffix.lower()
     for shard in shards:
-        if shard.suffix.lower() != ".tar":
-            raise DataError(f"{shown(shard)}: matches the pattern, but a pattern takes only uncompressed .tar shards")
+        if shard.suffix.lower() not in (".tar", ".parquet") or shard.suffix.lower() != kind:
+            raise DataError(
+                f"{shown(shard)}: matches the pattern, but a pattern takes only uncompressed .tar or only .parquet"
+            )
     return shards
 
 
