@@ -30,9 +30,9 @@ setup(
     extras_require={
         # For a CUDA 12 driver: install this extra, then uninstall nvidia-dali-cuda130 (both own `nvidia.dali`).
         "cuda12": [f"nvidia-dali-cuda120>=2.4; {LINUX_X86}"],
-        "parquet": ["pyarrow>=20"],
+        "parquet": ["pyarrow>=18"],
         "lmdb": ["lmdb>=1.6"],
-        "wandb": ["wandb>=0.21"],
+        "wandb": ["wandb>=0.31"],
         "dev": [
             "pytest>=8",
             "ruff>=0.12",

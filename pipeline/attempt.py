@@ -33,6 +33,7 @@ from pipeline.order import Slice
 from pipeline.pictures import save_png
 from pipeline.samples import Samples
 from pipeline.showing import fakes, reals
+from pipeline.tracker import open_tracker
 from pipeline.vote import Tally, Vote, reason_of
 from pipeline.watch import CollapseWatch, Diverging, HangWatch, OwnTime, SkipWatch, slow_ranks
 
@@ -336,7 +337,7 @@ class Attempt:
     # What rank 0 shows
 
     def _begin(self) -> None:
-        self.run.log = Log(self.folder.path, self.progress)
+        self.run.log = Log(self.folder.path, self.progress, tracker=open_tracker(self.cfg, self.folder))
         self._introduce()
         path = self.folder.path / "samples" / "reals.png"
         if not path.exists() or self.images_seen == 0:

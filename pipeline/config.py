@@ -30,7 +30,8 @@ def _require(holds: bool, key: str, rule: str, found: object) -> None:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     dataroot: str = ""
-    """Photographs: a folder tree, a .zip, a .tar, or tar shards (a folder of them, or a pattern such as 'a/*.tar')."""
+    """Photographs: a folder tree, a .zip, an LMDB, a .tar, a .parquet, or shards of the latter two (a folder of them,
+    or a pattern such as 'a/*.tar')."""
     workers: int = 0
     """Decode threads of a rank. At least 0; 0: this rank's share of the machine's cores."""
     prefetch: int = 3

@@ -103,8 +103,9 @@ def stop() -> None:
 def lost_peer(error: BaseException) -> bool:
     """Whether an error only says that another rank is gone or does not answer."""
     known = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
-    # gloo has no type of its own: its RuntimeErrors begin with the place in its source.
-    return isinstance(error, known) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    # gloo has no type of its own: its RuntimeErrors begin with the place in its source, all but this one.
+    of_gloo = ("gloo", "Application timeout caused pair closure")
+    return isinstance(error, known) or (isinstance(error, RuntimeError) and any(t in str(error) for t in of_gloo))
 
 
 def under_torchrun() -> bool:

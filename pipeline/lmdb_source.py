@@ -45,7 +45,8 @@ class LmdbSource:
             with self._reading(buffers=True) as transaction:
                 # The lengths stand beside the keys; of the values only the first ones that are not empty are touched.
                 for key, value in transaction.cursor():
-                    first = first or bytes(value[:16])
+                    if not first and len(value) < self._bytes:
+                        first = bytes(value[:16])
                     found.append((bytes(key), len(value)))
         except self._lmdb.Error as error:
             raise DataError(f"{shown(self._file)}: is damaged ({_words(error)})") from error
@@ -70,6 +71,8 @@ class LmdbSource:
         return None
 
     def read(self, item: int) -> np.ndarray:
+        if self._sizes[item] >= self._bytes:
+            raise DamagedMember(self._file, self._texts[item], "has a damaged entry: it is longer than the whole LMDB")
         size = _status(self._file).st_size
         if size < self._bytes:  # reading a map beyond its file's end would be a SIGBUS, and no error to catch
             raise DataError(f"{shown(self._file)}: has {size} bytes, and had {self._bytes} when it was opened")

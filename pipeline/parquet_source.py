@@ -174,6 +174,8 @@ class ParquetSource:
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
             num_bytes = group.column(leaf).total_uncompressed_size
+            if group.num_rows < 0 or num_bytes < 0:
+                raise DataError(f"{shown(self._shards[shard])}: is damaged: row group {number} has a negative size")
             if num_bytes > MAX_GROUP_BYTES:
                 raise DataError(
                     f"{shown(self._shards[shard])}: row group {number} holds {num_bytes} bytes of photographs,"

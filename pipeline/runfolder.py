@@ -28,6 +28,7 @@ _OF_A_RUN = (
     "samples",
     "checkpoints",
     "tensorboard",
+    "wandb",
 )
 
 

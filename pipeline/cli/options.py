@@ -32,6 +32,13 @@ _Loader.add_implicit_resolver(
 )
 
 
+# As in YAML 1.2 only true and false are truth values, so that `wandb: off` is a word.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
+    for first, rules in _Loader.yaml_implicit_resolvers.items()
+}
+
+
 def _refuse_duplicates(node: yaml.Node | None, prefix: str = "") -> None:
     if not isinstance(node, yaml.MappingNode):
         return

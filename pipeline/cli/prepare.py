@@ -53,14 +53,14 @@ def _parser() -> Parser:
     faces.set_defaults(body=_faces)
 
     index = command("index", "Read every file once, say what is there and what is wrong, and keep that for training.")
-    index.add_argument("path", metavar="PATH", help="as data.dataroot: folder, .zip, .tar or tar shards")
+    index.add_argument("path", metavar="PATH", help="as data.dataroot: folder, .zip, tar shards, Parquet or LMDB")
     index.add_argument("--full", action="store_true", help="decode every image too; what fails is left out from now on")
     index.add_argument("--strict", action="store_true", help="fail where a file is bad instead of leaving it out")
     index.add_argument("--cache_dir", default="", help="as data.cache_dir")
     index.set_defaults(body=_index)
 
     packing = command("pack", "Put the good images of a folder into one stored zip, which training reads in place.")
-    packing.add_argument("folder", metavar="FOLDER", help="or a zip or tar")
+    packing.add_argument("folder", metavar="FOLDER", help="or a zip, tar, Parquet or LMDB")
     packing.add_argument("out", type=Path, metavar="OUT.zip")
     packing.add_argument("--force", action="store_true", help="replace OUT.zip")
     packing.set_defaults(body=_pack)

@@ -18,6 +18,7 @@ from pipeline.errors import Preempted, UserError
 from pipeline.index import open_dataset
 from pipeline.signals import end_with_parent
 from pipeline.sources import require_named
+from pipeline.tracker import require_wandb
 
 OUTCOME = "DCGAN_OUTCOME"
 """Environment variable of launch/run.py: the folder where each rank says how it ended, since torchrun does not tell."""
@@ -51,6 +52,7 @@ def train(argv: list[str]) -> int:
         options = parse(argv)
         options.config.per_rank(int(os.environ.get("WORLD_SIZE", 1)))  # before any process group
         require_named(options.config.data.dataroot)
+        require_wandb(options.config.log)
         if options.dry_run:
             if leads:
                 print(describe(options))
@@ -89,7 +91,9 @@ def leave_outcome(state: str, exit_code: int | None, reason: str) -> None:
     except OSError:  # a full disk, which still has the block of what was said before
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-            path.write_text(text)
+            with path.open("r+") as file:
+                file.write(text)
+                file.truncate()
 
 
 def describe(options: Options) -> str:
