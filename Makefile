@@ -33,7 +33,7 @@ else
   CONFIG := --config configs/portraits64.yaml
 endif
 
-.PHONY: help train test test-faults soak test-gpu test-system lint format bench clean
+.PHONY: help train test test-faults test-docs soak test-gpu test-system lint format bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +41,7 @@ help:
 	@echo "                   train; without DATA on cartoon faces that are drawn first; the same command again resumes"
 	@echo "make test          the test suite"
 	@echo "make test-faults   runs that are killed, stopped, starved and misled, for minutes"
+	@echo "make test-docs     every command in the documentation"
 	@echo "make soak          200 random kills of a short training, for half an hour"
 	@echo "make test-gpu      every check that needs a CUDA device, and the GPU benchmarks"
 	@echo "make test-system   tests that need root or Debian packages (chromium)"
@@ -71,6 +72,9 @@ test: $(READY_DEV)
 
 test-faults: $(READY_DEV)
 	$(PYTHON) -m pytest -m faults -rs
+
+test-docs: $(READY_DEV)
+	$(PYTHON) -m pytest -m docs -rs
 
 soak: $(READY_DEV)
 	$(PYTHON) -m tests.soak --kills 200

@@ -17,6 +17,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("system") and config.getoption("-m") != "system":
             item.add_marker(pytest.mark.skip(reason="needs root or a Debian package: make test-system"))
+        if item.get_closest_marker("docs") and config.getoption("-m") != "docs":
+            item.add_marker(pytest.mark.skip(reason="takes minutes: make test-docs"))
         if item.get_closest_marker("faults") and config.getoption("-m") != "faults":
             item.add_marker(pytest.mark.skip(reason="takes minutes: make test-faults"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
