@@ -33,12 +33,13 @@ else
   CONFIG := --config configs/portraits64.yaml
 endif
 
-.PHONY: help train test test-faults test-docs soak test-gpu test-system lint format bench clean
+.PHONY: help train doctor test test-faults test-docs soak test-gpu test-system lint format bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train [DATA=path] [NPROC=n] [ARGS='--train.num_epochs 10']"
 	@echo "                   train; without DATA on cartoon faces that are drawn first; the same command again resumes"
+	@echo "make doctor        can this machine train, and if not, what is wrong"
 	@echo "make test          the test suite"
 	@echo "make test-faults   runs that are killed, stopped, starved and misled, for minutes"
 	@echo "make test-docs     every command in the documentation"
@@ -66,6 +67,9 @@ ifeq ($(strip $(DATA)),)
 else
 	$(LAUNCH) launch/train.py $(CONFIG) --data.dataroot "$(DATA)" $(ARGS)
 endif
+
+doctor: $(READY)
+	$(PYTHON) launch/doctor.py $(if $(strip $(DATA)),--data.dataroot "$(DATA)") $(ARGS)
 
 test: $(READY_DEV)
 	$(PYTHON) -m pytest -rs

@@ -14,7 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     # Named one by one: a search would also take the folders of runs and data that people make beside them.
-    packages=["pipeline", "pipeline.cli", "pipeline.decode", "kernels", "benchmarks"],
+    packages=["pipeline", "pipeline.cli", "pipeline.decode", "pipeline.doctor", "kernels", "benchmarks"],
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",  # 0.26 is the release for torch 2.11; the pair must come from one index
