@@ -45,7 +45,7 @@ help:
 	@echo "make test-docs     every command in the documentation"
 	@echo "make soak          200 random kills of a short training, for half an hour"
 	@echo "make test-gpu      every check that needs a CUDA device, and the GPU benchmarks"
-	@echo "make test-system   tests that need root or Debian packages (chromium)"
+	@echo "make test-system   tests that need root or Debian packages (chromium, slurm-wlm, munge, iproute2, debootstrap)"
 	@echo "make lint          ruff and mypy"
 	@echo "make bench         data and training throughput; adds lines to benchmarks/results/"
 	@echo "make clean         remove the virtual environment and tool caches; runs and data stay"

@@ -21,6 +21,7 @@ import math
 import os
 import platform
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,6 +57,9 @@ _BATCH = 128
 
 _CHECKED_BYTES = 4 << 30
 """A larger file is checked by an even sample of its parts: about two seconds at every start (2.5 GB/s, 2026-11)."""
+
+_ABANDONED_S = 86_400
+"""Nobody decodes a day long: an older partial, of whatever machine, belongs to no one."""
 
 _SPARE_DISK = 1 << 30
 _SHARE_OF_MEMORY = 0.5
@@ -111,6 +115,25 @@ def cache_kind(
     return "host", f"{size}; {_gib(disk)} are free in {folder}, {_gib(memory)} of memory are available."
 
 
+def machine() -> str:
+    """A name that the processes of this machine share, and no other machine's, whatever their host names are."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{platform.node()}-{boot.read_text().strip()[:8]}" if boot.exists() else platform.node()
+
+
+def folder_identity(cfg: DataConfig) -> tuple[str, int, int]:
+    """What is equal for all ranks that build a cache together: the machine and the folder, under whatever path.
+
+    torchrun's local ranks would not do: of two launchers on one machine each has a first one, and the second would wait
+    for a lock that the first gives back when both are done.
+
+    Raises:
+        StorageError: the folder cannot be made.
+    """
+    found = cache_folder(cfg).stat()
+    return machine(), found.st_dev, found.st_ino
+
+
 def _alone(action: Callable[[], T]) -> T:
     return action()
 
@@ -151,7 +174,7 @@ def build_cache(
     samples = samples or Samples(dataset)
     shape = len(dataset), *window_shape(cfg)
     path = cache_file(cache_folder(cfg), cfg, dataset.index.fingerprint, decoder, device)
-    partial = path.with_name(f"{path.name}.{platform.node()}.partial")
+    partial = path.with_name(f"{path.name}.{machine()}.partial")
     facts: dict[str, Any] = {
         "format": FORMAT,
         "shape": list(shape),
@@ -168,6 +191,9 @@ def build_cache(
             stack.enter_context(_locked(partial.with_suffix(".lock")))
             for left in (partial, *bad_lists):
                 left.unlink(missing_ok=True)  # of a run that was killed
+            for old in path.parent.glob(f"{path.name}.*.partial"):  # before a reboot, say
+                if time.time() - old.stat().st_mtime > _ABANDONED_S:
+                    old.unlink(missing_ok=True)
             if _matches(path, facts) and _sums_hold(path, shape) and len(_replaced(path)) <= allowed:
                 for key, reason in _replaced(path):
                     samples.note(key, reason)

@@ -20,7 +20,7 @@ from pipeline import checkpoint as checkpoints
 from pipeline import distributed, precision, resume
 from pipeline.assembly import Plan, make_plan
 from pipeline.attempt import Attempt, Data
-from pipeline.cache import Cached, build_cache
+from pipeline.cache import Cached, build_cache, folder_identity
 from pipeline.config import Config, ConfigError
 from pipeline.distributed import Ranks
 from pipeline.errors import DataError, Diverged, OtherDataError, Preempted, StorageError, UserError
@@ -178,6 +178,8 @@ class Run:
                 said[0] = time.perf_counter()
                 self.say(f"decoding once into the cache: {done}/{total}")
 
+        folders = distributed.gather(distributed.together(lambda: folder_identity(self.cfg.data)))
+        sharing = [rank for rank, folder in enumerate(folders) if folder == folders[self.ranks.rank]]
         return distributed.together(
             lambda: build_cache(
                 self.cfg.data,
@@ -186,8 +188,8 @@ class Run:
                 kind=kind,
                 device=self.ranks.device,
                 threads=threads,
-                local_rank=self.ranks.local_rank,
-                local_world_size=self.ranks.local_world_size,
+                local_rank=sharing.index(self.ranks.rank),
+                local_world_size=len(sharing),
                 together=distributed.together,
                 progress=progress if self.ranks.leads else None,
                 samples=samples,

@@ -218,7 +218,7 @@ def test_what_is_damaged_is_built_again(
 def test_the_rest_of_a_killed_run_is_overwritten(cfg: DataConfig, dataset: Dataset) -> None:
     path = build(cfg, dataset).path
     path.with_suffix(".json").unlink()
-    partial = path.with_name(f"{path.name}.{pipeline.cache.platform.node()}.partial")
+    partial = path.with_name(f"{path.name}.{pipeline.cache.machine()}.partial")
     path.rename(partial)
     os.truncate(partial, 1000)
     np.testing.assert_array_equal(build(cfg, dataset).images, windows(cfg, dataset))

@@ -83,7 +83,13 @@ def _train(argv: Sequence[str]) -> int:
         raise StorageError(f"cannot make a temporary folder: {error.strerror}") from None
     with outcome_folder as told:
         arguments = torchrun_command(torchrun_options, trainer, os.environ)
-        torchrun = _Torchrun(arguments, Path(told), grace_s, restarts=may_restart(torchrun_options, os.environ))
+        torchrun = _Torchrun(
+            arguments,
+            Path(told),
+            grace_s,
+            restarts=may_restart(torchrun_options, os.environ),
+            elastic=is_elastic(torchrun_options, os.environ),
+        )
         try:
             insisted = torchrun.wait()
         finally:
@@ -140,6 +146,16 @@ def may_restart(options: Sequence[str], environment: Mapping[str, str]) -> bool:
     return value.strip() not in ("", "0")
 
 
+def is_elastic(options: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Whether torchrun was given a range of nodes, --nnodes MIN:MAX: it restarts its workers when a node comes."""
+    value = environment.get("PET_NNODES", "")
+    for i, option in enumerate(options):
+        name, equals, attached = option.partition("=")
+        if name.startswith("--nn") and "--nnodes".startswith(name):
+            value = attached if equals else "".join(options[i + 1 : i + 2])
+    return len(set(value.split(":"))) > 1
+
+
 def read_grace_s(environment: Mapping[str, str]) -> float:
     """DCGAN_GRACE_S in seconds.
 
@@ -175,9 +191,14 @@ class Outcome:
 def read_outcomes(folder: Path) -> list[Outcome]:
     """All of a folder, by rank."""
     found = []
-    for rank in sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdecimal()):
-        said = read_status(folder / f"{rank}.json")
-        found.append(Outcome(rank, **{f.name: said[f.name] for f in dataclasses.fields(Outcome)[1:] if f.name in said}))
+    for number in sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdecimal()):
+        said = read_status(folder / f"{number}.json")
+        found.append(
+            Outcome(
+                said.get("rank", number),
+                **{f.name: said[f.name] for f in dataclasses.fields(Outcome)[1:] if f.name in said},
+            )
+        )
     return found
 
 
@@ -222,11 +243,12 @@ def explain(
     return " ".join("; ".join(reasons).split())
 
 
-def patience_s(outcomes: Sequence[Outcome], *, restarts: bool, grace_s: float) -> float:
+def patience_s(outcomes: Sequence[Outcome], *, restarts: bool, grace_s: float, elastic: bool = False) -> float:
     """How long torchrun may go on with no worker alive: not long when all it has left to do is to end."""
     last = latest(outcomes)
     if last and all(o.state == "preempted" for o in last):
-        return min(LEFT_S, grace_s)  # every rank has waited for the checkpoint before it said so
+        # Every rank has waited for the checkpoint before it said so; with a range of nodes torchrun may go on.
+        return grace_s if elastic else min(LEFT_S, grace_s)
     over = not restarts and any(o.state == "failed" or o.silent for o in last)
     return grace_s if over else max(EXIT_BARRIER_S, grace_s)
 
@@ -296,8 +318,10 @@ def descendants(pid: int, table: Sequence[Process], without: frozenset[int] = fr
 class _Torchrun:
     """torchrun and everything that it has started.  From here on signals wait until wait() looks at them."""
 
-    def __init__(self, arguments: list[str], outcome_folder: Path, grace_s: float, *, restarts: bool) -> None:
-        self.outcome_folder, self.grace_s, self.restarts = outcome_folder, grace_s, restarts
+    def __init__(
+        self, arguments: list[str], outcome_folder: Path, grace_s: float, *, restarts: bool, elastic: bool
+    ) -> None:
+        self.outcome_folder, self.grace_s, self.restarts, self.elastic = outcome_folder, grace_s, restarts, elastic
         self.killed_because = ""
         """Empty where torchrun has ended by itself."""
         self.asked = ""
@@ -378,7 +402,8 @@ class _Torchrun:
             return None
         self._jobless_since = self._jobless_since or now
         idle_s = now - self._jobless_since
-        return idle_s if idle_s >= patience_s(outcomes, restarts=self.restarts, grace_s=self.grace_s) else None
+        patient_s = patience_s(outcomes, restarts=self.restarts, grace_s=self.grace_s, elastic=self.elastic)
+        return idle_s if idle_s >= patient_s else None
 
     def _kill(self, why: str, wait_s: float) -> None:
         _say(f"{why}: killed everything")

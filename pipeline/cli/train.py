@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -81,9 +82,11 @@ def leave_outcome(state: str, exit_code: int | None, reason: str) -> None:
     folder = os.environ.get(OUTCOME)
     if not folder:
         return
-    path = Path(folder, f"{distributed.rank_from_environment()}.json")
+    # By the local rank: the global one may change when hosts come back, and what it said before would stay.
+    path = Path(folder, f"{os.environ.get('LOCAL_RANK', 0)}.json")
     aside = path.with_suffix(f".{os.getpid()}")
-    told = {"state": state, "exit_code": exit_code, "reason": reason, "restart": distributed.restart_count()}
+    told: dict[str, Any] = {"rank": distributed.rank_from_environment()}
+    told |= {"state": state, "exit_code": exit_code, "reason": reason, "restart": distributed.restart_count()}
     text = json.dumps(told | {"pid": os.getpid()})
     try:
         aside.write_text(text)
