@@ -146,7 +146,7 @@ def check_space(run: Path, state: State) -> None:
     if free < needed:
         raise StorageError(
             f"cannot write a checkpoint into {run}: it takes {needed / 2**20:.0f} MiB with some room to spare, "
-            f"{free / 2**20:.0f} are free"
+            f"{free / 2**20:.1f} are free"
         )
 
 

@@ -93,9 +93,17 @@ class RunFolder:
 
     def update(self, **values: Any) -> None:
         """Change entries of status.json."""
-        status = self.status | values
-        with written_aside(self.path / "status.json") as aside:
-            aside.write_text(json.dumps(status, indent=1) + "\n")
+        path, text = self.path / "status.json", json.dumps(self.status | values, indent=1) + "\n"
+        try:
+            with written_aside(path) as aside:
+                aside.write_text(text)
+        except StorageError:
+            # On a full disk the blocks that it has already are enough, mostly.
+            if not path.exists() or len(text) > path.stat().st_blocks * 512:
+                raise
+            with path.open("r+") as file:
+                file.write(text)
+                file.truncate()
 
     def add_event(self, text: str, images_seen: int) -> None:
         """Keep in status.json what a person should know."""
@@ -104,8 +112,11 @@ class RunFolder:
 
     def add_replaced(self, found: list[tuple[str, str]]) -> None:
         """Name bad files that training replaced."""
-        with (self.path / "replaced.txt").open("a", errors="backslashreplace") as file:
-            file.writelines(f"{key}\t{reason}\n" for key, reason in found)
+        try:
+            with (self.path / "replaced.txt").open("a", errors="backslashreplace") as file:
+                file.writelines(f"{key}\t{reason}\n" for key, reason in found)
+        except OSError as error:
+            raise StorageError(f"cannot write {self.path / 'replaced.txt'}: {error.strerror}") from None
 
     def add_failure(self, rank: int, error: BaseException, exit_code: int, *, lost_peer: bool) -> None:
         """Append what ended this rank to failures.jsonl; any rank may, since a short line is appended whole."""

@@ -250,7 +250,7 @@ class Run:
         self.folder.add_failure(self.ranks.rank, error, code, lost_peer=lost)
         # Every rank that fails writes the same, so that it is there whichever of them are killed.
         reason, code = self.folder.root_cause(_CAUSE_PATIENCE_S if lost else 0.0)
-        self.folder.update(state="failed", reason=reason, exit_code=code)
+        self.folder.update(state="failed", reason=reason, exit_code=code, launcher=distributed.launcher())
 
     def ended_at_once(self, number: int) -> None:
         """By a second signal."""

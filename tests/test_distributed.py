@@ -141,6 +141,13 @@ def test_a_rank_that_fails_fails_the_test():
         run_ranks(fails_on_rank_1, 2)
 
 
+def test_what_only_says_that_another_rank_is_gone_is_known_as_such():
+    for text in ("[/x/gloo/transport/tcp/pair.cc:547] Connection closed", "Application timeout caused pair closure"):
+        assert distributed.lost_peer(RuntimeError(text))
+    assert distributed.lost_peer(dist.DistNetworkError("unreachable"))
+    assert not distributed.lost_peer(RuntimeError("shapes do not match"))
+
+
 def test_one_rank_needs_no_process_group(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
