@@ -167,7 +167,7 @@ def test_a_disk_with_too_little_room_is_told_with_both_figures_before_a_write_be
     save(writer, 10)
     large = snapshot(tiny_players()) | {"more": torch.zeros(10 << 18)}  # 10 MiB: 12 with a tenth and 1 MiB to spare
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(1 << 40, 1 << 40, 3 << 20))
-    with pytest.raises(StorageError, match="it takes 12 MiB with some room to spare, 3.0 are free") as caught:
+    with pytest.raises(StorageError, match=r"it takes 12 MiB with some room to spare, 3\.0 are free") as caught:
         save(writer, 20, large)
     assert caught.value.exit_code == 74
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["images-000000010"]
