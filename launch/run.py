@@ -4,7 +4,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pipeline.cli.run import main
+from pipeline.signals import heed_as_first_process
+
+heed_as_first_process()
+
+from pipeline.cli.run import main  # noqa: E402 - it takes a second, in which a signal may come
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,7 +6,11 @@ from pathlib import Path
 # torchrun puts launch/ on the path, not the clone, and `kernels` is also a package of another vendor.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.cli.train import main
+from pipeline.signals import heed_as_first_process
+
+heed_as_first_process()
+
+from pipeline.cli.train import main  # noqa: E402 - it takes a second, in which a signal may come
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -184,8 +184,8 @@ def write(
     aside = final.with_name(f".{final.name}.partial")
     buffer = io.BytesIO()
     torch.save(state, buffer)  # into memory first: on a full disk torch.save raises an obscure RuntimeError
-    files: dict[str, bytes | memoryview] = {"state.pt": buffer.getbuffer(), "config.yaml": config_yaml.encode()}
-    sums = {k: {"sha256": hashlib.sha256(v).hexdigest(), "bytes": memoryview(v).nbytes} for k, v in files.items()}
+    files = {"state.pt": buffer.getvalue(), "config.yaml": config_yaml.encode()}
+    sums = {k: {"sha256": hashlib.sha256(v).hexdigest(), "bytes": len(v)} for k, v in files.items()}
     whole = {"format": FORMAT, **manifest, "files": sums}
     text = json.dumps(whole | {"sha256": _sum_of(whole)}, indent=1)
     try:

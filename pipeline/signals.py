@@ -40,6 +40,16 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
+def heed_as_first_process() -> None:
+    """Have a container's first process end when it is told to stop, until someone takes the signals.
+
+    The kernel drops a signal to process 1 that would get the default action; `docker stop` would wait in vain.
+    """
+    if os.getpid() == 1:
+        for number in (*STOPPING, signal.SIGQUIT):
+            signal.signal(number, lambda *_: sys.exit(Preempted.exit_code))
+
+
 class StopSignals:
     """Takes the signals while it is entered; the main thread's only.
 

@@ -87,6 +87,7 @@ def tells_the_others(ranks: Ranks) -> None:
     first_weight = next(network.parameters()).detach().clone()
     dist.broadcast(first_weight, 0)
     assert torch.equal(first_weight, next(network.parameters()))
+    torch.manual_seed(ranks.rank)  # ranks that are forked alike draw alike
     # Two forwards of a BatchNorm network before one backward, which buffer traffic would break.
     (network(torch.randn(4, 3, 16, 16)).sum() + network(torch.randn(4, 3, 16, 16)).sum()).backward()
     statistics = next(b for n, b in network.named_buffers() if n.endswith("running_mean")).clone()

@@ -179,13 +179,13 @@ def test_in_another_thread_than_the_main_one_signals_are_left_alone():
 def test_workers_are_told_when_the_process_that_started_them_dies():
     script = """
 import subprocess
-worker = '''
-import signal
+worker = r'''
+import os, signal
 from pipeline.signals import end_with_parent
-signal.signal(signal.SIGTERM, lambda *_: print("told", flush=True))
+signal.signal(signal.SIGTERM, lambda *_: os._exit(os.write(1, b"told\\n")))
 end_with_parent()
 signal.alarm(60)  # should it not be told
-print("ready", flush=True)
+os.write(1, b"ready\\n")
 signal.pause()
 '''
 subprocess.Popen([sys.executable, "-c", worker], stdout=sys.stdout)
