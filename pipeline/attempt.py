@@ -242,8 +242,7 @@ class Attempt:
         if total > allowed:
             all_of_them = self.folder.path / "replaced.txt"
             error = DataError(f"{text}; data.max_bad_fraction allows {allowed}, {all_of_them} names all")
-            error.shared = True
-            raise _Ending(error, seen)
+            raise _Ending(error.on_every_rank(), seen)
 
     def _event(self, text: str, seen: int) -> None:
         if self.run.log is not None:
@@ -276,9 +275,7 @@ class Attempt:
             if cfg.watch.on_collapse == "rollback":
                 raise Diverging(f"collapse: {collapsed}", seen, seen - self.collapse.held)
             if cfg.watch.on_collapse == "stop":
-                error = Diverged(f"collapse: {collapsed} (watch.on_collapse is stop)")
-                error.shared = True
-                raise error
+                raise Diverged(f"collapse: {collapsed} (watch.on_collapse is stop)").on_every_rank()
 
     def _look_for_slow_ranks(self, own_ms: list[float], step_ms: float, seen: int) -> None:
         slow = slow_ranks(own_ms, step_ms, self.cfg.watch.slow_rank_ratio)

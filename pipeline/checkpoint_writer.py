@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.checkpoint import State, count_of, folders, remove, snapshot, write
 from pipeline.errors import StorageError
-from pipeline.pictures import written_aside
+from pipeline.files import written_aside
 from pipeline.step import Players
 
 _ALIGN = 16

@@ -6,6 +6,8 @@ A message is one line: the file or field, the rule, what was found.  0 done, 2 c
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class UserError(Exception):
     """Base of the errors that end a command with one line instead of a traceback."""
@@ -13,6 +15,11 @@ class UserError(Exception):
     exit_code = 1
     shared = False
     """Whether every rank raises it, so that one of them tells it."""
+
+    def on_every_rank(self) -> Self:
+        """The error, marked as one that every rank raises."""
+        self.shared = True
+        return self
 
 
 class DataError(UserError):

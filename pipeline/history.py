@@ -50,12 +50,10 @@ def after_trouble(history: History, trouble: Diverging, found: Checkpoint | None
         Diverged: it went back often enough.
     """
     if history.rollbacks >= most:
-        error = Diverged(
+        raise Diverged(
             f"{trouble.reason} after {trouble.images_seen} images, and going back {history.rollbacks} time(s) did not "
             "mend it (watch.max_rollbacks); a lower optim.lr may"
-        )
-        error.shared = True
-        raise error
+        ).on_every_rank()
     start = found.images_seen if found else 0
     number = history.rollbacks + 1
     return History(

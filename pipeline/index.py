@@ -184,6 +184,18 @@ def leave_out(cfg: DataConfig, dataset: Dataset, found: Sequence[tuple[str, str]
     return rest
 
 
+def cache_path(cache_dir: str) -> Path:
+    """data.cache_dir or its default, whether it is there or not.
+
+    Raises:
+        RuntimeError: there is no home folder.
+    """
+    if cache_dir:
+        return Path(cache_dir).expanduser()
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "dcgan-faces"
+
+
 def cache_folder(cfg: DataConfig) -> Path:
     """data.cache_dir or its default, made where it is missing.
 
@@ -191,11 +203,7 @@ def cache_folder(cfg: DataConfig) -> Path:
         StorageError: it cannot be made.
     """
     try:
-        if cfg.cache_dir:
-            folder = Path(cfg.cache_dir).expanduser()
-        else:
-            base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-            folder = (base if base.is_absolute() else Path.home() / ".cache") / "dcgan-faces"
+        folder = cache_path(cfg.cache_dir)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"data.cache_dir: {shown(folder)} cannot be made ({error.strerror})") from error

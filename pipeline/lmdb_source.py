@@ -21,10 +21,10 @@ import numpy as np
 from pipeline.config import ConfigError
 from pipeline.errors import DataError
 from pipeline.parquet_source import image_ending
-from pipeline.sources import DamagedMember, member_key, one_line, shown
+from pipeline.sources import DamagedMember, Listed, member_key, one_line, shown
 
 
-class LmdbSource:
+class LmdbSource(Listed):
     """An LMDB's values, numbered in the order of their keys as text.  Thread-safe, also after a fork.
 
     Raises:
@@ -54,40 +54,28 @@ class LmdbSource:
             raise DataError(f"{shown(self._file)}: is an LMDB without entries")
         texts = _texts([key for key, _ in found], image_ending(first))
         order = sorted(range(len(found)), key=texts.__getitem__)
-        self._texts = [texts[i] for i in order]
-        self._keys = [found[i][0] for i in order]
+        self._keys = [texts[i] for i in order]
+        self._names = [found[i][0] for i in order]
         self._sizes = np.array([found[i][1] for i in order], np.int64)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def key(self, item: int) -> str:
-        return self._texts[item]
-
-    def size(self, item: int) -> int:
-        return int(self._sizes[item])
-
-    def checksum(self, item: int) -> None:
-        return None
 
     def read(self, item: int) -> np.ndarray:
         if self._sizes[item] >= self._bytes:
-            raise DamagedMember(self._file, self._texts[item], "has a damaged entry: it is longer than the whole LMDB")
+            raise DamagedMember(self._file, self._keys[item], "has a damaged entry: it is longer than the whole LMDB")
         size = _status(self._file).st_size
         if size < self._bytes:  # reading a map beyond its file's end would be a SIGBUS, and no error to catch
             raise DataError(f"{shown(self._file)}: has {size} bytes, and had {self._bytes} when it was opened")
         try:
             with self._reading() as transaction:
-                content = transaction.get(self._keys[item])
+                content = transaction.get(self._names[item])
         except self._lmdb.Error as error:
-            raise DamagedMember(self._file, self._texts[item], f"cannot be read ({_words(error)})") from error
+            raise DamagedMember(self._file, self._keys[item], f"cannot be read ({_words(error)})") from error
         if content is None:
-            raise DamagedMember(self._file, self._texts[item], "is not there any more")
+            raise DamagedMember(self._file, self._keys[item], "is not there any more")
         return np.frombuffer(content, np.uint8)
 
     def stamp(self) -> str:
         digest = hashlib.sha256(f"{self._bytes} {self._time}".encode())
-        for key, size in zip(self._keys, self._sizes.tolist(), strict=True):
+        for key, size in zip(self._names, self._sizes.tolist(), strict=True):
             digest.update(b"%d %d %b" % (len(key), size, key))
         return digest.hexdigest()
 

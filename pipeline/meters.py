@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from pipeline.errors import StorageError
 from pipeline.feed import Feed
-from pipeline.pictures import written_aside
+from pipeline.files import written_aside
 from pipeline.step import METERS
 from pipeline.tracker import Tracker
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from pipeline.config import ConfigError
 from pipeline.errors import DataError
-from pipeline.sources import DamagedMember, member_key, one_line, shown
+from pipeline.sources import DamagedMember, Listed, member_key, one_line, shown
 
 KEPT_BYTES = 256 << 20
 """Unpacked row groups that a process keeps; one is kept even where it is larger."""
@@ -52,7 +52,7 @@ class Group(NamedTuple):
     rows: int
 
 
-class ParquetSource:
+class ParquetSource(Listed):
     """Parquet files with one column of photographs, all with the same name.  Thread-safe.
 
     Raises:
@@ -88,21 +88,12 @@ class ParquetSource:
         self._kept: OrderedDict[int, Any] = OrderedDict()
         self._gates: dict[int, threading.Lock] = {}
 
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def key(self, item: int) -> str:
-        return self._keys[item]
-
     def size(self, item: int) -> int:
         """Bytes of the photograph, 0 where it cannot be had; costs unpacking its row group, once."""
         row = int(self._rows[item])
         if self._sizes[row] < 0:
             self._column_of(self._group_of(row))
         return int(self._sizes[row])
-
-    def checksum(self, item: int) -> None:
-        return None
 
     def read(self, item: int) -> np.ndarray:
         row = int(self._rows[item])

@@ -5,17 +5,15 @@ Legend: N images, C channels, H x W pixels.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.errors import StorageError
+from pipeline.files import written_aside
 
 GAP = 2
 """Pixels between two pictures of a grid."""
@@ -68,25 +66,6 @@ def grid(images: Tensor) -> Image.Image:
         top, left = i // columns * (height + GAP), i % columns * (width + GAP)
         canvas[top : top + height, left : left + width] = pixels
     return to_image(canvas)
-
-
-@contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the name when the block ends well, and is removed when it does not.
-
-    Raises:
-        StorageError: the disk refused, with the reason.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        os.replace(aside, path)  # noqa: PTH105 - an older file may be there
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # what was written is gone already, or the disk has refused before
-            aside.unlink()
 
 
 def save_png(image: Image.Image, path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.pictures import written_aside
+from pipeline.files import written_aside
 from pipeline.report_page import page
 from pipeline.report_run import read_run
 

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.config import ConfigError
 from pipeline.environment import describe
 from pipeline.errors import StorageError
-from pipeline.pictures import written_aside
+from pipeline.files import read_object, write_in_place_if_full, written_aside
 
 _OF_A_RUN = (
     "config.yaml",
@@ -67,9 +67,7 @@ class RunFolder:
     @property
     def status(self) -> dict[str, Any]:
         """What status.json says; empty where there is none, or one that a crash cut short."""
-        with contextlib.suppress(OSError, ValueError):
-            return dict(json.loads((self.path / "status.json").read_text()))
-        return {}
+        return read_object(self.path / "status.json")
 
     def move_aside(self) -> Path | None:
         """Put what an earlier run left here into replaced-NNN/, and return that folder; None where there is nothing."""
@@ -93,17 +91,7 @@ class RunFolder:
 
     def update(self, **values: Any) -> None:
         """Change entries of status.json."""
-        path, text = self.path / "status.json", json.dumps(self.status | values, indent=1) + "\n"
-        try:
-            with written_aside(path) as aside:
-                aside.write_text(text)
-        except StorageError:
-            # On a full disk the blocks that it has already are enough, mostly.
-            if not path.exists() or len(text) > path.stat().st_blocks * 512:
-                raise
-            with path.open("r+") as file:
-                file.write(text)
-                file.truncate()
+        write_in_place_if_full(self.path / "status.json", json.dumps(self.status | values, indent=1) + "\n")
 
     def add_event(self, text: str, images_seen: int) -> None:
         """Keep in status.json what a person should know."""

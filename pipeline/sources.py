@@ -142,15 +142,11 @@ def one_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-class FolderSource:
-    """A folder and all below it.  Links are followed, each folder once."""
+class Listed:
+    """The part of a source that its sorted list of keys and their sizes gives; no checksums."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        found = sorted(_walk(path))
-        self._keys = [key for key, _, _ in found]
-        self._sizes = np.array([size for _, size, _ in found], np.int64)
-        self._times = [time for _, _, time in found]
+    _keys: list[str]
+    _sizes: np.ndarray
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -161,8 +157,19 @@ class FolderSource:
     def size(self, item: int) -> int:
         return int(self._sizes[item])
 
-    def checksum(self, item: int) -> None:
+    def checksum(self, item: int) -> int | None:
         return None
+
+
+class FolderSource(Listed):
+    """A folder and all below it.  Links are followed, each folder once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        found = sorted(_walk(path))
+        self._keys = [key for key, _, _ in found]
+        self._sizes = np.array([size for _, size, _ in found], np.int64)
+        self._times = [time for _, _, time in found]
 
     def read(self, item: int) -> np.ndarray:
         path = self.path / self._keys[item]
@@ -176,7 +183,7 @@ class FolderSource:
         return _hash(zip(self._keys, self._sizes.tolist(), self._times, strict=True))
 
 
-class ZipSource:
+class ZipSource(Listed):
     """A zip, its members stored or deflated, encrypted ones refused on reading; zip64 as well."""
 
     def __init__(self, path: Path) -> None:
@@ -199,15 +206,6 @@ class ZipSource:
         self._crcs = np.array([info.CRC for info in infos], np.uint32)
         self._methods = np.array([info.compress_type for info in infos], np.int32)
         self._encrypted = np.array([info.flag_bits & 1 for info in infos], bool)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def key(self, item: int) -> str:
-        return self._keys[item]
-
-    def size(self, item: int) -> int:
-        return int(self._sizes[item])
 
     def checksum(self, item: int) -> int:
         return int(self._crcs[item])
@@ -258,7 +256,7 @@ class Member(NamedTuple):
     size: int
 
 
-class TarSource:
+class TarSource(Listed):
     """Uncompressed tar shards.  Where two shards hold the same path, every key begins with its shard's name."""
 
     def __init__(self, path: Path, shards: list[Path]) -> None:
@@ -275,17 +273,8 @@ class TarSource:
         self._keys = sorted(members)
         self._members = np.array([members[key] for key in self._keys], np.int64).reshape(-1, len(Member._fields))
 
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def key(self, item: int) -> str:
-        return self._keys[item]
-
     def size(self, item: int) -> int:
         return int(self._members[item, 2])
-
-    def checksum(self, item: int) -> None:
-        return None
 
     def read(self, item: int) -> np.ndarray:
         member = Member(*self._members[item].tolist())

@@ -100,30 +100,27 @@ class Run:
 
     def _go_back(self, trouble: Diverging, history: History) -> tuple[checkpoints.Checkpoint | None, History]:
         """The newest good checkpoint and what to remember; of trouble that came back, one that is older."""
-        again = history.rollbacks > 0 and history.went_back_to is not None
-        below = history.went_back_to if again else None
+        run = self.folder.path
 
         def choose() -> checkpoints.Checkpoint | None:
-            newest = checkpoints.newest(self.folder.path, self.say, below=trouble.began + 1)
-            if newest and below is not None and newest.images_seen == below:
-                newest = checkpoints.newest(self.folder.path, self.say, below=below) or newest
-            # May end the run, and then leaves the checkpoints as they are.
-            after_trouble(history, trouble, newest, self.cfg.watch.max_rollbacks)
-            checkpoints.set_aside_after(self.folder.path, newest.images_seen if newest else 0)
+            newest = checkpoints.newest(run, self.say, below=trouble.began + 1)
+            if newest and newest.images_seen == history.went_back_to:
+                newest = checkpoints.newest(run, self.say, below=history.went_back_to) or newest
             return newest
 
-        found = self.on_leader(choose)
-        return found, after_trouble(history, trouble, found, self.cfg.watch.max_rollbacks)
+        found: checkpoints.Checkpoint | None = self.on_leader(choose)
+        # May end the run, and then leaves the checkpoints as they are.
+        history = after_trouble(history, trouble, found, self.cfg.watch.max_rollbacks)
+        self.on_leader(lambda: checkpoints.set_aside_after(run, found.images_seen if found else 0))
+        return found, history
 
     def _same_everywhere(self, dataset: Dataset) -> None:
         found = distributed.gather(dataset.index.fingerprint)
         different = [rank for rank, fingerprint in enumerate(found) if fingerprint != found[0]]
         if different:
-            error = DataError(
+            raise DataError(
                 f"data.dataroot {self.cfg.data.dataroot} holds other images for ranks {different} than for 0"
-            )
-            error.shared = True
-            raise error
+            ).on_every_rank()
 
     def _prepare_folder(self) -> str:
         self.folder.prepare()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 
+from pipeline import checkpoint as checkpoints
 from pipeline.face_set import write_faces
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,6 +158,24 @@ def left_of(run: Path) -> list[str]:
                 if str(run).encode() in words:
                     found.append(b" ".join(words).decode(errors="replace"))
     return found
+
+
+def checkpoints_of(run: Path) -> list[int]:
+    """Images of all checkpoints, each of which must match its manifest."""
+    return [checkpoints.verify(folder).images_seen for folder in checkpoints.folders(run)]
+
+
+def partials(run: Path) -> list[Path]:
+    """Checkpoints half written or half removed."""
+    return list((run / "checkpoints").glob(".images-*"))
+
+
+def free_port() -> int:
+    """A port that nobody holds at this moment."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
 
 
 def rows(path: Path) -> list[dict]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing.forkserver
 import os
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from pipeline.distributed import Ranks
+from tests.commands import free_port
 
 
 @contextlib.contextmanager
@@ -64,13 +64,6 @@ class Launch:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
-
-
 def _nothing(_launch: int, _rank: int) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
@@ -107,7 +100,7 @@ def run_launches(
     Returns:
         For each launch the exit codes in rank order.
     """
-    ports = [_free_port() for _ in launches]
+    ports = [free_port() for _ in launches]
     with (
         tempfile.TemporaryDirectory() as folder,
         _server(around.__module__, "pipeline.cli.train", "pipeline.decode.pillow"),

@@ -16,14 +16,13 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from tests.commands import assert_bit_equal, make_workspace, state_of, trainer_words
+from tests.commands import assert_bit_equal, free_port, make_workspace, state_of, trainer_words
 
 RANKS = 2
 MAX_IMAGES = 800
@@ -41,13 +40,6 @@ def rank_body(rank: int, port: int, words: list[str], log: Path) -> None:
     from pipeline.cli.train import main
 
     sys.exit(main(words))
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 class Soak:

@@ -23,10 +23,13 @@ from tests.commands import (
     ENDLESS,
     ROOT,
     assert_bit_equal,
+    checkpoints_of,
     children_of,
     command,
+    free_port,
     left_of,
     make_workspace,
+    partials,
     rows,
     started,
     state_of,
@@ -47,16 +50,6 @@ def workspace(tmp_path_factory):
     folder = make_workspace(tmp_path_factory.mktemp("faults"))
     train(folder, "clean", 2)
     return folder
-
-
-def checkpoints_of(run: Path) -> list[int]:
-    """Images of all checkpoints, each of which must match its manifest."""
-    folders = checkpoints.folders(run)
-    return [checkpoints.verify(folder).images_seen for folder in folders]
-
-
-def partials(run: Path) -> list[Path]:
-    return list((run / "checkpoints").glob(".images-*"))
 
 
 def assert_ends_like_clean(workspace: Path, run: str) -> None:
@@ -201,10 +194,7 @@ def test_sigterm_before_the_first_worker_is_a_preemption_too(workspace):
 def test_row_9_a_survivor_told_to_stop_does_not_save_with_a_dead_peer(workspace):
     """Without torchrun, which would time its signals otherwise: SIGTERM to one, while the other dies in a step."""
     run = workspace / "row9"
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     words = [sys.executable, *trainer_words(workspace, "row9", *ENDLESS, "--checkpoint.every_images", "0")]
 
     def rank(number: int, **environment: str):

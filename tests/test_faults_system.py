@@ -23,9 +23,11 @@ from tests.commands import (
     ENDLESS,
     ROOT,
     assert_bit_equal,
+    checkpoints_of,
     command,
     left_of,
     make_workspace,
+    partials,
     rows,
     started,
     state_of,
@@ -60,15 +62,6 @@ def ask_kernel(*words: str) -> None:
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode != 0:
         pytest.skip(f"refused here: {' '.join(words)}: {' '.join(done.stderr.split())}")
-
-
-def checkpoints_of(run: Path) -> list[int]:
-    """Images of all checkpoints, each of which must match its manifest."""
-    return [checkpoints.verify(folder).images_seen for folder in checkpoints.folders(run)]
-
-
-def half_written(run: Path) -> list[Path]:
-    return list((run / "checkpoints").glob(".images-*"))
 
 
 # Two hosts
@@ -190,7 +183,7 @@ def test_row_28_a_link_that_goes_down_ends_both_nodes_by_time_out(workspace, hos
     found = {(line["rank"], line["lost_peer"]) for line in rows(run / "failures.jsonl")}
     assert found == {(0, True), (1, True)}
     assert checkpoints_of(run)
-    assert not half_written(run)
+    assert not partials(run)
 
 
 # A disk that fills up
@@ -252,7 +245,7 @@ def test_row_16_no_checkpoint_is_begun_where_it_would_not_fit(workspace, mount, 
     assert (status["state"], status["exit_code"]) == ("failed", 74)
     assert status["reason"].startswith(why)
     assert checkpoints_of(run)
-    assert not half_written(run)
+    assert not partials(run)
 
 
 def test_row_16_a_checkpoint_that_fills_the_disk_leaves_nothing_and_the_one_before_stays(workspace, mount):
@@ -261,7 +254,7 @@ def test_row_16_a_checkpoint_that_fills_the_disk_leaves_nothing_and_the_one_befo
     words = command(workspace, run.name, 1, *ENDLESS, *QUIET, "--checkpoint.every_images", "800")
     with started(words, log, DCGAN_FAULT="slow-write:0:0") as process:
         wait_for(lambda: checkpoints_of(run) == [800], "a first checkpoint", process)
-        wait_for(lambda: [p for p in half_written(run) if (p / "state.pt").exists()], "a second one begun", process)
+        wait_for(lambda: [p for p in partials(run) if (p / "state.pt").exists()], "a second one begun", process)
         disk.fill()
         assert process.wait(60) == 74
     why = f"cannot write the checkpoint {checkpoints.folder_of(run, 1600)}: {NO_SPACE}"
@@ -271,7 +264,7 @@ def test_row_16_a_checkpoint_that_fills_the_disk_leaves_nothing_and_the_one_befo
     status = status_of(run)  # there was room for it again once the half-written checkpoint had gone
     assert (status["state"], status["exit_code"], status["reason"]) == ("failed", 74, why)
     assert checkpoints_of(run) == [800]
-    assert not half_written(run)
+    assert not partials(run)
 
     disk.make_room()
     said = train(workspace, run.name, 1, *QUIET, "--train.max_images", "880").stderr
@@ -285,7 +278,7 @@ def assert_failed_for_want_of_room(run: Path) -> None:
     assert status_of(run)["state"] in ("running", "failed")
     assert all({"launch", "error"} <= line.keys() for line in rows(run / "failures.jsonl"))
     assert checkpoints_of(run)
-    assert not half_written(run)
+    assert not partials(run)
 
 
 def test_row_16_a_disk_without_room_for_a_word_does_not_cost_the_exit_code(workspace, mount):

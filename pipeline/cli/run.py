@@ -38,6 +38,7 @@ from pipeline.cli import command
 from pipeline.cli.options import parse
 from pipeline.config import ConfigError
 from pipeline.errors import StorageError
+from pipeline.files import read_object, write_in_place_if_full
 
 NAME = "run.py"
 SCRIPT = "train.py"
@@ -99,16 +100,17 @@ def _train(argv: Sequence[str]) -> int:
 
 def _tell(torchrun: _Torchrun, outcomes: list[Outcome], status_path: Path, insisted: signal.Signals | None) -> int:
     """The exit code, after one line about it, and after status.json says what a killed rank 0 could not."""
-    status = read_status(status_path)
+    status = read_object(status_path)
     code = exit_code(outcomes, torchrun.process.returncode, status)
     if torchrun.asked and not outcomes and not torchrun.killed_because:
         code = PREEMPTED  # told to stop before any worker had begun: there is nothing to save, and nothing failed
     reason = explain(code, outcomes, torchrun.process.returncode, status, torchrun.killed_because)
     if status.get("state") == "running" and any(o.rank == 0 and o.silent for o in outcomes):
         try:
-            write_status(status_path, status | {"state": "failed", "exit_code": code, "reason": reason})
-        except OSError as error:
-            _say(f"cannot write {status_path}: {error.strerror}")
+            text = json.dumps(status | {"state": "failed", "exit_code": code, "reason": reason}, indent=1) + "\n"
+            write_in_place_if_full(status_path, text)
+        except (OSError, StorageError) as error:
+            _say(str(error))
     if insisted is not None:
         return 128 + insisted
     if code == PREEMPTED:
@@ -192,7 +194,7 @@ def read_outcomes(folder: Path) -> list[Outcome]:
     """All of a folder, by rank."""
     found = []
     for number in sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdecimal()):
-        said = read_status(folder / f"{number}.json")
+        said = read_object(folder / f"{number}.json")
         found.append(
             Outcome(
                 said.get("rank", number),
@@ -251,25 +253,6 @@ def patience_s(outcomes: Sequence[Outcome], *, restarts: bool, grace_s: float, e
         return grace_s if elastic else min(LEFT_S, grace_s)
     over = not restarts and any(o.state == "failed" or o.silent for o in last)
     return grace_s if over else max(EXIT_BARRIER_S, grace_s)
-
-
-def read_status(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none, or none that can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        value = json.loads(path.read_text())
-        if isinstance(value, dict):
-            return value
-    return {}
-
-
-def write_status(path: Path, status: Mapping[str, Any]) -> None:
-    """status.json, whole or as it was."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(json.dumps(status, indent=1) + "\n")
-        os.replace(aside, path)  # noqa: PTH105 - an older file is there
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from pipeline import assembly, distributed, sizes, trainer
 from pipeline.cli.options import Options, parse, to_yaml
 from pipeline.config import ConfigError
-from pipeline.errors import Preempted, UserError
+from pipeline.errors import Preempted, StorageError, UserError
+from pipeline.files import write_in_place_if_full
 from pipeline.index import open_dataset
 from pipeline.signals import end_with_parent
 from pipeline.sources import require_named
@@ -84,19 +85,10 @@ def leave_outcome(state: str, exit_code: int | None, reason: str) -> None:
         return
     # By the local rank: the global one may change when hosts come back, and what it said before would stay.
     path = Path(folder, f"{os.environ.get('LOCAL_RANK', 0)}.json")
-    aside = path.with_suffix(f".{os.getpid()}")
     told: dict[str, Any] = {"rank": distributed.rank_from_environment()}
     told |= {"state": state, "exit_code": exit_code, "reason": reason, "restart": distributed.restart_count()}
-    text = json.dumps(told | {"pid": os.getpid()})
-    try:
-        aside.write_text(text)
-        aside.replace(path)
-    except OSError:  # a full disk, which still has the block of what was said before
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-            with path.open("r+") as file:
-                file.write(text)
-                file.truncate()
+    with contextlib.suppress(OSError, StorageError):  # what was said before must do
+        write_in_place_if_full(path, json.dumps(told | {"pid": os.getpid()}))
 
 
 def describe(options: Options) -> str:

@@ -112,16 +112,12 @@ def run_folder(path: Path, world_size: int = 1, mounts: Path = Path("/proc/mount
     from pipeline.sizes import disk_of, networks_of
 
     name, advice = "run folder", "--run.dir with a folder that can be written"
-    refused = _refused(name, path, advice)
-    if refused:
-        return [refused]
-    folder = nearest(path)
-    try:
-        seconds = written(folder)
-    except OSError as error:
-        return [failed(name, f"{path}: cannot be written in {folder} ({error.strerror})", advice)]
+    looked = _look_into(name, path, advice)
+    if isinstance(looked, Check):
+        return [looked]
     cfg = Config()
     needs = disk_of(cfg, networks_of(cfg), cfg.train.num_steps(CELEBA), world_size)
+    folder, seconds = looked
     free, disk = shutil.disk_usage(folder).free, disk_under(folder, mounts)
     speed = PROBE_BYTES / seconds
     state = "" if path.exists() else "can be made, "
@@ -147,20 +143,14 @@ def cache_folder(cache_dir: str, num_images: int = 0, mounts: Path = Path("/proc
     Args:
         num_images: of the photographs; 0: not known.
     """
+    from pipeline.index import cache_path
+
     name, advice = "cache folder", "--data.cache_dir with a folder that can be written"
-    if cache_dir:
-        path = Path(cache_dir)
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        path = (base if base.is_absolute() else Path("~/.cache").expanduser()) / "dcgan-faces"
-    refused = _refused(name, path, advice)
-    if refused:
-        return [refused]
-    folder = nearest(path)
-    try:
-        seconds = written(folder)
-    except OSError as error:
-        return [failed(name, f"{path}: cannot be written in {folder} ({error.strerror})", advice)]
+    path = cache_path(cache_dir)
+    looked = _look_into(name, path, advice)
+    if isinstance(looked, Check):
+        return [looked]
+    folder, seconds = looked
     free, disk = shutil.disk_usage(folder).free, disk_under(folder, mounts)
     height, width = Config().data.size
     needed = (num_images or CELEBA) * height * width * 3
@@ -180,12 +170,15 @@ def cache_folder(cache_dir: str, num_images: int = 0, mounts: Path = Path("/proc
     return [ok(name, found)]
 
 
-def _refused(name: str, path: Path, advice: str) -> Check | None:
-    """A file where the folder should be, or on the way to it."""
+def _look_into(name: str, path: Path, advice: str) -> tuple[Path, float] | Check:
+    """The folder that is there, this one or one above it, and the seconds of `written` in it; or what refuses."""
     folder = nearest(path)
-    if folder.is_dir():
-        return None
-    return failed(name, f"{path}: {folder} is a file", advice)
+    if not folder.is_dir():  # where the folder should be, or on the way to it
+        return failed(name, f"{path}: {folder} is a file", advice)
+    try:
+        return folder, written(folder)
+    except OSError as error:
+        return failed(name, f"{path}: cannot be written in {folder} ({error.strerror})", advice)
 
 
 def photographs(dataroot: str, counted: list[int]) -> list[Check]:

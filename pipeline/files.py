@@ -1,0 +1,57 @@
+"""Files that are there whole or not at all.  Free of torch, for programs that must start at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import StorageError
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes the name when the block ends well, and is removed when it does not.
+
+    Raises:
+        StorageError: the disk refused, with the reason.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        os.replace(aside, path)  # noqa: PTH105 - an older file may be there
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):  # what was written is gone already, or the disk has refused before
+            aside.unlink()
+
+
+def write_in_place_if_full(path: Path, text: str) -> None:
+    """A small text, whole; on a full disk over the former one, in the blocks that it has already.
+
+    Raises:
+        StorageError: the disk refused, and there is no former one with room for it.
+    """
+    try:
+        with written_aside(path) as aside:
+            aside.write_text(text)
+    except StorageError:
+        if not path.exists() or len(text) > path.stat().st_blocks * 512:
+            raise
+        with path.open("r+") as file:
+            file.write(text)
+            file.truncate()
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none, or none that can be read, such as one that a crash cut short."""
+    with contextlib.suppress(OSError, ValueError):
+        value = json.loads(path.read_text())
+        if isinstance(value, dict):
+            return value
+    return {}
