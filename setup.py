@@ -14,7 +14,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     # Named one by one: a search would also take the folders of runs and data that people make beside them.
-    packages=["pipeline", "pipeline.cli", "pipeline.decode", "pipeline.doctor", "kernels", "benchmarks"],
+    packages=[
+        "pipeline",
+        "pipeline.cli",
+        "pipeline.decode",
+        "pipeline.doctor",
+        "pipeline.metrics",
+        "kernels",
+        "benchmarks",
+    ],
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",  # 0.26 is the release for torch 2.11; the pair must come from one index
@@ -33,6 +41,8 @@ setup(
         "parquet": ["pyarrow>=18"],
         "lmdb": ["lmdb>=1.6"],
         "wandb": ["wandb>=0.31"],
+        "metrics": ["torch-fidelity>=0.4"],  # the Inception network as the original FID had it; its weights come apart
+        "export": ["safetensors>=0.5", "onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.22"],
         "dev": [
             "pytest>=8",
             "ruff>=0.12",
@@ -42,6 +52,11 @@ setup(
             "matplotlib>=3.10",  # draws docs/performance.png
             "pyarrow>=20",
             "lmdb>=1.6",
+            "torch-fidelity>=0.4",
+            "safetensors>=0.5",
+            "onnx>=1.19",
+            "onnxscript>=0.5",
+            "onnxruntime>=1.22",
             "kubeflow-trainer-api>=2.3",  # models of TrainJob and TrainingRuntime, for tests/test_k8s.py
             "kubernetes-validate>=1.37",  # schemas of Job, Pod, NetworkPolicy and PersistentVolumeClaim
         ],

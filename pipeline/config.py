@@ -13,18 +13,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+from pipeline.config_error import ConfigError, require
+from pipeline.config_learning import (
+    INCEPTION_METRICS,
+    METRICS,
+    DiscriminatorInputConfig,
+    EvalConfig,
+    LossConfig,
+    OptimConfig,
+)
 
-class ConfigError(ValueError):
-    """A setting that cannot work: one line with the key, the rule and what was found.  Ends the program with 2."""
-
-    exit_code = 2
-    shared = False
-    """Whether every rank raises it, so that one of them tells it."""
-
-
-def _require(holds: bool, key: str, rule: str, found: object) -> None:
-    if not holds:
-        raise ConfigError(f"{key} must be {rule}, got {found!r}")
+__all__ = [
+    "INCEPTION_METRICS",
+    "METRICS",
+    "ConfigError",
+    "DiscriminatorInputConfig",
+    "EvalConfig",
+    "LossConfig",
+    "OptimConfig",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,27 +79,27 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         size = self.image_size if isinstance(self.image_size, Sequence) else [self.image_size]
-        _require(
+        require(
             len(size) in (1, 2) and all(s >= 8 for s in size),
             "data.image_size",
             "one or two sides of at least 8",
             self.image_size,
         )
-        _require(self.nc in (1, 3, 4), "data.nc", "1, 3 or 4", self.nc)
-        _require(self.workers >= 0, "data.workers", "at least 0", self.workers)
-        _require(self.prefetch >= 1, "data.prefetch", "at least 1", self.prefetch)
-        _require(self.crop_margin >= 0, "data.crop_margin", "at least 0", self.crop_margin)
+        require(self.nc in (1, 3, 4), "data.nc", "1, 3 or 4", self.nc)
+        require(self.workers >= 0, "data.workers", "at least 0", self.workers)
+        require(self.prefetch >= 1, "data.prefetch", "at least 1", self.prefetch)
+        require(self.crop_margin >= 0, "data.crop_margin", "at least 0", self.crop_margin)
         for key in ("brightness", "contrast", "saturation", "max_bad_fraction", "hw_decoder_load"):
             value = getattr(self, key)
-            _require(0 <= value <= 1, f"data.{key}", "between 0 and 1", value)
-        _require(0 <= self.hue <= 180, "data.hue", "between 0 and 180 degrees", self.hue)
-        _require(
+            require(0 <= value <= 1, f"data.{key}", "between 0 and 1", value)
+        require(0 <= self.hue <= 180, "data.hue", "between 0 and 180 degrees", self.hue)
+        require(
             self.nc != 1 or self.saturation == self.hue == 0,
             "data.saturation and data.hue",
             "0 where data.nc is 1",
             (self.saturation, self.hue),
         )
-        _require(self.max_pixels >= 4096, "data.max_pixels", "at least 4096", self.max_pixels)
+        require(self.max_pixels >= 4096, "data.max_pixels", "at least 4096", self.max_pixels)
         num_halvings(*self.size)
 
     @property
@@ -130,38 +137,12 @@ class ModelConfig:
     """Channels of the generator's last hidden layer; the others double from it, up to 8 times. At least 1."""
     ndf: int = 64
     """Channels of the discriminator's first layer; the others double from it, up to 8 times. At least 1."""
+    spectral_norm: bool = False
+    """Divide each of D's weights by its largest singular value (Miyato et al. 2018)."""
 
     def __post_init__(self) -> None:
         for key in ("nz", "ngf", "ndf"):
-            _require(getattr(self, key) >= 1, f"model.{key}", "at least 1", getattr(self, key))
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    lr: float = 2e-4
-    """Adam's learning rate, of both networks. Above 0."""
-    beta1: float = 0.5
-    """Decay of Adam's first moment. At least 0, below 1."""
-    beta2: float = 0.999
-    """Decay of Adam's second moment. At least 0, below 1."""
-    lr_rule: Literal["none", "sqrt", "linear"] = "none"
-    """How lr grows with train.batch_size / lr_rule_batch_size: not at all, by its root, or in proportion."""
-    lr_rule_batch_size: int = 128
-    """The batch size at which lr holds as it stands. At least 1."""
-    ema_half_life_images: int = 5000
-    """Images after which an older generator weighs half in the averaged one; 0: no average is kept."""
-
-    def __post_init__(self) -> None:
-        _require(0 < self.lr < math.inf, "optim.lr", "above 0 and finite", self.lr)
-        for key in ("beta1", "beta2"):
-            _require(0 <= getattr(self, key) < 1, f"optim.{key}", "at least 0 and below 1", getattr(self, key))
-        _require(self.lr_rule_batch_size >= 1, "optim.lr_rule_batch_size", "at least 1", self.lr_rule_batch_size)
-        _require(self.ema_half_life_images >= 0, "optim.ema_half_life_images", "at least 0", self.ema_half_life_images)
-
-    def scaled_lr(self, batch_size: int) -> float:
-        """The learning rate at this global batch size (linear: Goyal et al. 2017; sqrt: Krizhevsky 2014)."""
-        ratio = batch_size / self.lr_rule_batch_size
-        return self.lr * {"none": 1.0, "sqrt": ratio**0.5, "linear": ratio}[self.lr_rule]
+            require(getattr(self, key) >= 1, f"model.{key}", "at least 1", getattr(self, key))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +161,10 @@ class TrainConfig:
     """Keep images and convolution weights with the channels innermost (NHWC)."""
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 2, "train.batch_size", "at least 2", self.batch_size)
-        _require(0 < self.num_epochs < math.inf, "train.num_epochs", "above 0 and finite", self.num_epochs)
-        _require(self.max_images >= 0, "train.max_images", "at least 0", self.max_images)
-        _require(0 <= self.max_minutes < math.inf, "train.max_minutes", "at least 0 and finite", self.max_minutes)
+        require(self.batch_size >= 2, "train.batch_size", "at least 2", self.batch_size)
+        require(0 < self.num_epochs < math.inf, "train.num_epochs", "above 0 and finite", self.num_epochs)
+        require(self.max_images >= 0, "train.max_images", "at least 0", self.max_images)
+        require(0 <= self.max_minutes < math.inf, "train.max_minutes", "at least 0 and finite", self.max_minutes)
 
     def num_steps(self, num_images: int) -> int:
         """Steps of a whole run over a dataset of num_images: ceil(min(num_epochs * len, max_images) / batch_size)."""
@@ -208,10 +189,10 @@ class DistributedConfig:
 
     def __post_init__(self) -> None:
         finite = 0 < self.bucket_cap_mb < math.inf
-        _require(finite, "distributed.bucket_cap_mb", "above 0 and finite", self.bucket_cap_mb)
+        require(finite, "distributed.bucket_cap_mb", "above 0 and finite", self.bucket_cap_mb)
         for key in ("start_timeout_s", "step_timeout_s"):
-            _require(getattr(self, key) >= 1, f"distributed.{key}", "at least 1", getattr(self, key))
-        _require(self.threads >= 0, "distributed.threads", "at least 0", self.threads)
+            require(getattr(self, key) >= 1, f"distributed.{key}", "at least 1", getattr(self, key))
+        require(self.threads >= 0, "distributed.threads", "at least 0", self.threads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,9 +205,9 @@ class CheckpointConfig:
     """The first checkpoint at or after each of these counts stays for good."""
 
     def __post_init__(self) -> None:
-        _require(self.every_images >= 0, "checkpoint.every_images", "at least 0", self.every_images)
-        _require(self.keep >= 1, "checkpoint.keep", "at least 1", self.keep)
-        _require(
+        require(self.every_images >= 0, "checkpoint.every_images", "at least 0", self.every_images)
+        require(self.keep >= 1, "checkpoint.keep", "at least 1", self.keep)
+        require(
             all(m >= 1 for m in self.milestone_images),
             "checkpoint.milestone_images",
             "at least 1 each",
@@ -260,19 +241,19 @@ class WatchConfig:
     More than distributed.step_timeout_s, which ends a rank that only waits for another."""
 
     def __post_init__(self) -> None:
-        _require(self.max_skipped_steps >= 1, "watch.max_skipped_steps", "at least 1", self.max_skipped_steps)
-        _require(self.max_rollbacks >= 0, "watch.max_rollbacks", "at least 0", self.max_rollbacks)
-        _require(0 < self.min_loss_scale < math.inf, "watch.min_loss_scale", "above 0 and finite", self.min_loss_scale)
-        _require(self.collapse_images >= 0, "watch.collapse_images", "at least 0", self.collapse_images)
-        _require(0 <= self.min_loss_d < math.inf, "watch.min_loss_d", "at least 0 and finite", self.min_loss_d)
-        _require(0 <= self.min_diversity <= 1, "watch.min_diversity", "between 0 and 1", self.min_diversity)
-        _require(
+        require(self.max_skipped_steps >= 1, "watch.max_skipped_steps", "at least 1", self.max_skipped_steps)
+        require(self.max_rollbacks >= 0, "watch.max_rollbacks", "at least 0", self.max_rollbacks)
+        require(0 < self.min_loss_scale < math.inf, "watch.min_loss_scale", "above 0 and finite", self.min_loss_scale)
+        require(self.collapse_images >= 0, "watch.collapse_images", "at least 0", self.collapse_images)
+        require(0 <= self.min_loss_d < math.inf, "watch.min_loss_d", "at least 0 and finite", self.min_loss_d)
+        require(0 <= self.min_diversity <= 1, "watch.min_diversity", "between 0 and 1", self.min_diversity)
+        require(
             self.slow_rank_ratio == 0 or 1 < self.slow_rank_ratio < math.inf,
             "watch.slow_rank_ratio",
             "0 or above 1 and finite",
             self.slow_rank_ratio,
         )
-        _require(self.hang_s >= 0, "watch.hang_s", "at least 0", self.hang_s)
+        require(self.hang_s >= 0, "watch.hang_s", "at least 0", self.hang_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,10 +272,10 @@ class LogConfig:
     """The project there."""
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 1, "log.every_steps", "at least 1", self.every_steps)
-        _require(self.grid_every_images >= 0, "log.grid_every_images", "at least 0", self.grid_every_images)
-        _require(1 <= self.grid_size <= 1024, "log.grid_size", "between 1 and 1024", self.grid_size)
-        _require(bool(self.wandb_project), "log.wandb_project", "a name", self.wandb_project)
+        require(self.every_steps >= 1, "log.every_steps", "at least 1", self.every_steps)
+        require(self.grid_every_images >= 0, "log.grid_every_images", "at least 0", self.grid_every_images)
+        require(1 <= self.grid_size <= 1024, "log.grid_size", "between 1 and 1024", self.grid_size)
+        require(bool(self.wandb_project), "log.wandb_project", "a name", self.wandb_project)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,8 +294,8 @@ class RunConfig:
     """Only algorithms that repeat bit for bit on a GPU. Slower."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 1 << 63, "run.seed", "between 0 and 2^63 - 1", self.seed)
-        _require(bool(self.resume), "run.resume", "auto, none or a path", self.resume)
+        require(0 <= self.seed < 1 << 63, "run.seed", "between 0 and 2^63 - 1", self.seed)
+        require(bool(self.resume), "run.resume", "auto, none or a path", self.resume)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,6 +306,10 @@ class Config:
     """The two networks."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """How their weights move."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """What the two players pay for."""
+    d_input: DiscriminatorInputConfig = field(default_factory=DiscriminatorInputConfig)
+    """What is done to images before D sees them."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How long, how much at a time."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
@@ -335,6 +320,8 @@ class Config:
     """What is saved."""
     watch: WatchConfig = field(default_factory=WatchConfig)
     """What is noticed when training goes wrong, and what follows."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """How good the pictures are, measured while training goes on."""
     log: LogConfig = field(default_factory=LogConfig)
     """What is shown."""
     run: RunConfig = field(default_factory=RunConfig)

@@ -10,13 +10,14 @@ import textwrap
 
 import yaml
 
-from pipeline import config
 from pipeline.config import Config
 
 
 def field_texts(cls: type) -> dict[str, str]:
     """The docstring under each field of a dataclass."""
-    body = ast.parse(inspect.getsource(config)).body
+    module = inspect.getmodule(cls)
+    assert module is not None
+    body = ast.parse(inspect.getsource(module)).body
     fields = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == cls.__name__).body
     texts = {}
     for field, text in itertools.pairwise(fields):
@@ -37,7 +38,8 @@ def describe(cls: type, indent: str = "") -> str:
             lines += [f"{indent}{field.name}:", describe(factory, indent + "  ")]
         else:
             value = field.default if factory is dataclasses.MISSING else factory()
-            lines.append(indent + yaml.safe_dump({field.name: value}, default_flow_style=False).strip())
+            text = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+            lines.append(f"{indent}{field.name}: {text}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,1 @@
+"""How good the pictures are: the field's metrics, each with its source, computed over all ranks."""
