@@ -33,6 +33,8 @@ from pipeline.models import Generator
 from pipeline.step import Players
 
 FORMAT = 1
+BEST = "best.json"
+"""In checkpoints/: names the one that pruning spares as the best."""
 _NAME = re.compile(r"images-\d{9,}")
 State = dict[str, Any]
 
@@ -325,6 +327,38 @@ def find(path: Path, say: Callable[[str], None] = print) -> Checkpoint:
     if checkpoint is None:
         raise StorageError(f"{path} holds no checkpoint that can be read")
     return checkpoint
+
+
+def best(run: Path) -> str:
+    """Name of the checkpoint folder that is marked as the best; empty: none is."""
+    try:
+        return str(json.loads((run / "checkpoints" / BEST).read_text())["checkpoint"])
+    except FileNotFoundError:
+        return ""
+
+
+def chosen(run: Path, which: str, say: Callable[[str], None] = print) -> Checkpoint:
+    """The checkpoint of a run that a command's --checkpoint means.
+
+    Args:
+        which: "best", the one that an evaluation has marked; "last", the newest good one; anything else is a path, as
+            `find` takes it.
+
+    Raises:
+        StorageError: there is none, or it does not match its manifest.
+    """
+    if which == "last":
+        return find(run, say)
+    if which != "best":
+        return find(Path(which), say)
+    try:
+        name = best(run)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise StorageError(f"{run / 'checkpoints' / BEST} names no checkpoint") from None
+    if not name:
+        find(run, say)  # where there is no run at all, that is what is wrong
+        raise StorageError(f"{run} has marked no checkpoint as its best (eval.every_images does); the newest is `last`")
+    return verify(run / "checkpoints" / name)
 
 
 def open_generator(path: Path, *, weights: Literal["ema", "live"] = "ema") -> tuple[Generator, Config, int]:

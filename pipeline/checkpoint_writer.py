@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import State, count_of, folders, remove, snapshot, write
+from pipeline.checkpoint import BEST, State, best, count_of, folders, remove, snapshot, write
 from pipeline.errors import StorageError
 from pipeline.files import written_aside
 from pipeline.step import Players
@@ -24,8 +24,6 @@ from pipeline.step import Players
 _ALIGN = 16
 _SPARE_BYTES = 1 << 20
 """Stays free beside a checkpoint, with a tenth of it, for logs and pictures."""
-BEST = "best.json"
-"""In checkpoints/: names the one that pruning spares as the best."""
 
 
 class Snapshots:
@@ -148,14 +146,6 @@ def check_space(run: Path, state: State) -> None:
             f"cannot write a checkpoint into {run}: it takes {needed / 2**20:.0f} MiB with some room to spare, "
             f"{free / 2**20:.1f} are free"
         )
-
-
-def best(run: Path) -> str:
-    """Name of the checkpoint folder that is marked as the best; empty: none is."""
-    try:
-        return str(json.loads((run / "checkpoints" / BEST).read_text())["checkpoint"])
-    except FileNotFoundError:
-        return ""
 
 
 def mark_best(run: Path, folder: Path) -> None:

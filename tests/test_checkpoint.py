@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline import checkpoint as checkpoints
-from pipeline.checkpoint_writer import Writer
+from pipeline.checkpoint_writer import Writer, mark_best
 from pipeline.cli.options import to_yaml
 from pipeline.config import OptimConfig
 from pipeline.errors import StorageError
@@ -190,6 +190,28 @@ def test_a_path_without_a_checkpoint_is_one_line_that_names_it(tmp_path, make):
     make(tmp_path / "run")
     with pytest.raises(StorageError, match=str(tmp_path / "run")):
         checkpoints.open_generator(tmp_path / "run")
+
+
+def test_a_command_gets_the_best_the_last_or_the_one_at_a_path(tmp_path):
+    run, players = tmp_path / "run", tiny_players()
+    for images in (8, 16, 24):
+        write(run, players, images)
+    with pytest.raises(StorageError, match="has marked no checkpoint as its best"):
+        checkpoints.chosen(run, "best")
+    mark_best(run, checkpoints.folder_of(run, 8))
+    assert checkpoints.chosen(run, "best").images_seen == 8
+    assert checkpoints.chosen(run, "last").images_seen == 24
+    assert checkpoints.chosen(run, str(checkpoints.folder_of(run, 16))).images_seen == 16
+    (run / "checkpoints" / "best.json").write_text('["images-000000008"]')
+    with pytest.raises(StorageError, match=r"best\.json names no checkpoint"):
+        checkpoints.chosen(run, "best")
+    mark_best(run, checkpoints.folder_of(run, 8))
+    (checkpoints.folder_of(run, 8) / "state.pt").write_bytes(b"")
+    with pytest.raises(StorageError, match="does not match its manifest"):  # never another one in its place
+        checkpoints.chosen(run, "best")
+    for which in ("best", "last"):
+        with pytest.raises(StorageError, match="no such run"):
+            checkpoints.chosen(tmp_path / "none", which)
 
 
 def test_weights_of_another_width_are_refused(tmp_path):
