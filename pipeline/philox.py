@@ -32,6 +32,9 @@ class Stream(IntEnum):
     FIXED_LATENT = 3
     SAMPLE_LATENT = 4
     RECALIBRATE_LATENT = 5
+    DIFFAUGMENT = 7
+    INSTANCE_NOISE = 8
+    PENALTY = 9
 
 
 def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
@@ -89,13 +92,35 @@ def normal(seed: int, stream: Stream, numbers: Tensor, length: int) -> Tensor:
     Returns:
         (N, length) float32 on that device.
     """
-    n = numbers[:, None]
-    lanes = torch.arange(-(-length // 4), device=numbers.device)[None, :]
-    zero = torch.zeros_like(n + lanes)
-    a, b, c, d = philox4x32((zero + (n & WORD), zero + (n >> 32), zero + int(stream), zero + lanes), key_of(seed))
+    a, b, c, d = _device_words(seed, stream, numbers, -(-length // 4), 0)
     pairs = []
     for u, v in ((a, b), (c, d)):
         radius = torch.sqrt(-2.0 * torch.log((u.double() + 1.0) * 2.0**-32))  # (0, 1]: the logarithm stays finite
         angle = v.double() * (2.0 * math.pi * 2.0**-32)
         pairs += [radius * torch.cos(angle), radius * torch.sin(angle)]
     return torch.stack(pairs, dim=-1).flatten(1)[:, :length].float()
+
+
+def uniform_float32(seed: int, stream: Stream, numbers: Tensor, length: int, lane: int = 0) -> Tensor:
+    """Uniform over [0, 1), `length` for each image number; the upper 24 bits of each word, which float32 holds exactly.
+
+    Args:
+        numbers: (N,) int64, at least 0, on the device that shall draw.
+        lane: four numbers come from each lane, from this one on.
+
+    Returns:
+        (N, length) float32 on that device.
+    """
+    drawn = torch.stack(_device_words(seed, stream, numbers, -(-length // 4), lane), dim=-1).flatten(1)[:, :length]
+    return (drawn >> 8).float() * 2.0**-24
+
+
+def _device_words(
+    seed: int, stream: Stream, numbers: Tensor, num_lanes: int, lane: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four (N, num_lanes) int64 of random words below 2^32 for each image number, from `lane` on, on its device."""
+    n = numbers[:, None]
+    lanes = torch.arange(lane, lane + num_lanes, device=numbers.device)[None, :]
+    zero = torch.zeros_like(n + lanes)
+    counter = (zero + (n & WORD), zero + (n >> 32), zero + int(stream), zero + lanes)
+    return philox4x32(counter, key_of(seed))
