@@ -7,10 +7,15 @@ inward up to 8 times.  Shapes: N images, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from pipeline.config import num_halvings
 
@@ -32,11 +37,66 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         return torch.cat([super(GroupedBatchNorm2d, self).forward(part) for part in x.chunk(self.num_groups)])
 
 
+class SpectralNorm(nn.Module):
+    """A weight divided by its largest singular value, which one power iteration a forward pass follows.
+
+    Miyato et al. 2018, "Spectral normalization for generative adversarial networks", equation 8 and algorithm 1.  The
+    weight counts as a matrix (out, in * height * width); the singular vectors are constants to the gradient.  Not
+    torch.nn.utils.parametrizations.spectral_norm, whose result it shares, because that starts from torch's global
+    random state, which differs from rank to rank, and takes the products in autocast's low precision.
+    """
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        matrix = weight.detach().flatten(1)
+        self.register_buffer("u", matrix.new_zeros(matrix.shape[0]))
+        self.register_buffer("v", matrix.new_zeros(matrix.shape[1]))
+        self.settle(weight)
+
+    @torch.no_grad()
+    def settle(self, weight: Tensor, iterations: int = 15) -> None:
+        """Find the singular vectors of this weight anew; the same ones for the same weight."""
+        fixed = torch.Generator().manual_seed(0)
+        self.v.copy_(torch.randn(self.v.shape, generator=fixed, device="cpu"))
+        for _ in range(iterations):
+            self._iterate(weight.flatten(1))
+
+    @torch.no_grad()
+    def _iterate(self, matrix: Tensor) -> None:
+        self.u.copy_(F.normalize(matrix @ self.v, dim=0))
+        self.v.copy_(F.normalize(matrix.T @ self.u, dim=0))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with _full_precision(weight.device.type):
+            matrix = weight.flatten(1)
+            if self.training:
+                self._iterate(matrix)
+            # Copies, since D's next forward moves both before this one's backward.
+            return weight / torch.dot(self.u.clone(), matrix @ self.v.clone())
+
+
+def _full_precision(device_type: str) -> contextlib.AbstractContextManager[None]:
+    """Autocast switched off, where the device has such a thing."""
+    if not torch.amp.is_autocast_available(device_type):  # meta, on which sizes are worked out
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 def initialise(network: nn.Module, generator: torch.Generator) -> None:
-    """The paper's initial weights (section 3): convolutions N(0, 0.02), BatchNorm scales N(1, 0.02), shifts 0."""
+    """The paper's initial weights (section 3): convolutions N(0, 0.02), BatchNorm scales N(1, 0.02), shifts 0.
+
+    Spectral norm takes nothing from the generator: with it and without it the weights before division are the same.
+    """
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            nn.init.normal_(module.weight, 0.0, 0.02, generator=generator)
+            normed: Any = module.parametrizations["weight"] if parametrize.is_parametrized(module) else None  # type: ignore[index]
+            weight = normed.original if normed is not None else module.weight
+            nn.init.normal_(weight, 0.0, 0.02, generator=generator)
+            if normed is not None:
+                normed[0].settle(weight)
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1.0, 0.02, generator=generator)
             nn.init.zeros_(module.bias)
@@ -60,9 +120,14 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Judges images: (N, nc, height, width) -> (N,) logits, above 0 for what it takes for a photograph."""
+    """Judges images: (N, nc, height, width) -> (N,) logits, above 0 for what it takes for a photograph.
 
-    def __init__(self, ndf: int, nc: int, height: int, width: int) -> None:
+    With spectral_norm every convolution's weight is divided by its largest singular value.  The state then has
+    layers.I.parametrizations.weight.original in place of layers.I.weight, and the singular vectors as buffers, so that
+    one kind's state does not load into the other.
+    """
+
+    def __init__(self, ndf: int, nc: int, height: int, width: int, *, spectral_norm: bool = False) -> None:
         super().__init__()
         n = num_halvings(height, width)
         widths = [ndf * min(8, 1 << i) for i in range(n)]
@@ -73,6 +138,9 @@ class Discriminator(nn.Module):
             layers += [GroupedBatchNorm2d(inner), nn.LeakyReLU(0.2, inplace=True)]
         layers += [nn.Conv2d(widths[-1], 1, (height >> n, width >> n), bias=False)]
         self.layers = nn.Sequential(*layers)
+        for layer in layers:
+            if spectral_norm and isinstance(layer, nn.Conv2d):
+                parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
 
     def forward(self, images: Tensor, num_groups: int = 1) -> Tensor:
         x = images
@@ -98,7 +166,8 @@ def forward_flops(network: Generator | Discriminator, height: int, width: int) -
             grid = (1, 1) if i == 0 else (height >> (len(convs) - 1 - steps), width >> (len(convs) - 1 - steps))
         else:
             grid = (1, 1) if i == len(convs) - 1 else (height >> steps, width >> steps)
-        flops.append(2 * conv.weight.numel() * grid[0] * grid[1])
+        weights = conv.in_channels * conv.out_channels * math.prod(conv.kernel_size)
+        flops.append(2 * weights * grid[0] * grid[1])
     return flops
 
 
