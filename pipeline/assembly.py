@@ -9,12 +9,13 @@ import torch
 
 from pipeline import distributed, precision
 from pipeline.cache import cache_kind
-from pipeline.config import Config
+from pipeline.config import Config, ConfigError
 from pipeline.decode import Decoder, choose_decoder
 from pipeline.distributed import Ranks
 from pipeline.index import Dataset
 from pipeline.models import Discriminator, Generator, initialise
 from pipeline.precision import Precision
+from pipeline.schedule import Schedule
 from pipeline.step import FastStep, Players, ReferenceStep, Step, make_players
 
 
@@ -36,8 +37,9 @@ def make_plan(cfg: Config, dataset: Dataset, ranks: Ranks) -> Plan:
     """Resolve every `auto`; one rank does it for all, since what is free may differ from one moment to the next.
 
     Raises:
-        ConfigError: this machine cannot do what a setting asks for.
+        ConfigError: this machine cannot do what a setting asks for, or one setting not what another asks for.
     """
+    _refuse_what_does_not_go_together(cfg)
     decoder, why_decoder = choose_decoder(cfg.data)
     cache, why_cache = cache_kind(cfg.data, dataset, ranks.device, decoder=decoder)
     arithmetic = precision.resolve(cfg.precision, ranks.device)
@@ -47,11 +49,26 @@ def make_plan(cfg: Config, dataset: Dataset, ranks: Ranks) -> Plan:
     return Plan(decoder, cache, arithmetic, mode, reasons, num_steps, num_steps * cfg.train.batch_size)
 
 
+def _refuse_what_does_not_go_together(cfg: Config) -> None:
+    """
+    Raises:
+        ConfigError: the losses and penalties cannot train these networks.
+    """
+    penalty = next((key for key in ("gradient_penalty", "r1") if getattr(cfg.loss, key)), "")
+    if penalty and cfg.distributed.sync_batchnorm:  # torch's has no second derivative (pytorch#61222)
+        raise ConfigError(f"distributed.sync_batchnorm must be false with loss.{penalty}, got True")
+    if cfg.loss.kind == "wasserstein" and not (penalty or cfg.model.spectral_norm):
+        raise ConfigError(
+            "loss.kind wasserstein must have D's slope bounded, by loss.gradient_penalty (10 is usual), loss.r1 or "
+            "model.spectral_norm, got none of them"
+        )
+
+
 def build_networks(cfg: Config, device: torch.device) -> tuple[Generator, Discriminator]:
     """Both networks with their initial weights, the same on every rank, on the device."""
     random = torch.Generator().manual_seed(cfg.run.seed)
     generator = Generator(cfg.model.nz, cfg.model.ngf, cfg.data.nc, *cfg.data.size)
-    discriminator = Discriminator(cfg.model.ndf, cfg.data.nc, *cfg.data.size)
+    discriminator = Discriminator(cfg.model.ndf, cfg.data.nc, *cfg.data.size, spectral_norm=cfg.model.spectral_norm)
     for network in (generator, discriminator):
         initialise(network, random)
         network.to(device=device)
@@ -78,6 +95,10 @@ def build_step(cfg: Config, plan: Plan, ranks: Ranks) -> Step:
         joint=ranks.device.type == "cuda" and not cfg.distributed.sync_batchnorm,
         guarded=cfg.watch.skip_non_finite,
         min_loss_scale=cfg.watch.min_loss_scale,
+        loss=cfg.loss,
+        d_input=cfg.d_input,
+        schedule=Schedule(cfg.optim.lr_decay, cfg.optim.lr_decay_from, plan.total_images),
+        seed=cfg.run.seed,
     )
 
 

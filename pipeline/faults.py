@@ -87,7 +87,7 @@ class FaultyStep:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.step, name)
 
-    def __call__(self, images: Tensor, latents: Tensor, images_seen: int, batch_size: int) -> Tensor:
+    def __call__(self, images: Tensor, latents: Tensor, images_seen: int, batch_size: int, *numbers: Tensor) -> Tensor:
         due = self.faults.due(images_seen // self.batch_size)
         for kind in due & _SIGNALS.keys():
             os.kill(os.getpid(), _SIGNALS[kind])
@@ -99,5 +99,5 @@ class FaultyStep:
             time.sleep(SLOW_S)
         if due & {"nan", "nan-from"}:
             latents = latents * float("nan")
-        measured: Tensor = self.step(images, latents, images_seen, batch_size)
+        measured: Tensor = self.step(images, latents, images_seen, batch_size, *numbers)
         return measured

@@ -16,8 +16,10 @@ from pipeline.config import Config, ConfigError, to_dict
 from pipeline.environment import cpu_name, versions
 from pipeline.errors import OtherDataError
 
-_IDENTITY = ("model.nz", "model.ngf", "model.ndf", "data.image_size", "data.nc", "run.seed")
+_IDENTITY = ("model.nz", "model.ngf", "model.ndf", "model.spectral_norm", "data.image_size", "data.nc", "run.seed")
 """Another value of these makes another run of it."""
+_LATER = {"model.spectral_norm": False}
+"""What is meant by the manifest of a checkpoint that is older than the setting."""
 
 
 def value_of(settings: dict[str, Any], key: str) -> Any:
@@ -88,7 +90,7 @@ def check_identity(cfg: Config, fingerprint: str, found: Checkpoint, say: Callab
         ConfigError: a setting differs; the message names it.
         OtherDataError: the dataset differs.
     """
-    theirs = found.manifest["identity"]
+    theirs = _LATER | found.manifest["identity"]
     for key, mine in identity(cfg, fingerprint).items():
         if theirs.get(key) == mine:
             continue

@@ -4,6 +4,11 @@
 with less: one backward for D, no weight gradients of D in G's half (9 % of the FLOPs), one all-reduce a network, and,
 where a device likes large batches, real and fake in one pass of 2N with separate BatchNorm statistics.
 
+Whatever makes training hold up better is off by default and then leaves no trace: other losses (pipeline/losses.py),
+penalties on D's slope (penalties.py), augmentation and noise before D (diffaugment.py, instance_noise.py), several
+steps of D for one of G, learning rates that fall (schedule.py).  What of it is drawn is a function of seed and image
+number, and when it happens of the images seen.
+
 A gradient that is not finite moves nothing: the optimisers look at a flag on the device, so the host need not wait to
 find out.  Gradients are averaged over the ranks before anyone looks, so all ranks skip the same steps.
 
@@ -21,17 +26,28 @@ from torch import Tensor, nn
 
 from kernels.normalize import normalize
 from pipeline import precision as precision_
-from pipeline.config import OptimConfig
-from pipeline.losses import discriminator_loss, fake_loss, generator_loss, real_loss
+from pipeline.config import DiscriminatorInputConfig, LossConfig, OptimConfig
+from pipeline.diffaugment import diffaugment, draws
+from pipeline.instance_noise import instance_noise, std_at
+from pipeline.losses import Losses
 from pipeline.models import Discriminator, Generator
+from pipeline.penalties import gradient_penalty, r1
+from pipeline.philox import Stream, uniform_float32
 from pipeline.precision import Precision
+from pipeline.schedule import Schedule
 
 METERS = ("loss_d", "loss_g", "d_real", "d_fake_before", "d_fake_after", "spread_real", "spread_fake")
 """What a step measures, in this order: the tutorial's Loss_D, Loss_G, D(x), D(G(z)) before and after D's update, then
-how far the real and the generated images of the batch lie apart (standard deviation over them, of [-1, 1] pixels)."""
+how far the real and the generated images of the batch lie apart (standard deviation over them, of [-1, 1] pixels).
+
+Loss_D is without penalties, so that runs with and without them compare.  D(x) and D(G(z)) are in [0, 1] with every
+loss (Losses.verdict).  In a step in which G does not learn, Loss_G and D(G(z)) after are those before D's update."""
 
 SPREAD_STRIDE = 4
 """Every so many-th row and column says enough of the spread, for a sixteenth of the work."""
+
+REAL, FAKE = 0, 1
+"""Two batches share their image numbers; this tells their draws apart."""
 
 
 @dataclass
@@ -59,9 +75,14 @@ class Players:
 def make_players(
     generator: Generator, discriminator: Discriminator, cfg: OptimConfig, *, lr: float, precision: Precision
 ) -> Players:
-    """Optimisers, scalers and the average for networks that already lie on their device in their memory format."""
+    """Optimisers, scalers and the average for networks that already lie on their device in their memory format.
 
-    def adam(network: nn.Module) -> torch.optim.Adam:
+    Args:
+        lr: G's learning rate at this batch size, and D's where it has none of its own; its own grows by the same rule.
+    """
+    lr_d = cfg.lr_d * (lr / cfg.lr) if cfg.lr_d else lr
+
+    def adam(network: nn.Module, lr: float) -> torch.optim.Adam:
         return torch.optim.Adam(network.parameters(), lr=lr, betas=(cfg.beta1, cfg.beta2), fused=True)
 
     device = next(generator.parameters()).device.type
@@ -69,12 +90,25 @@ def make_players(
     return Players(
         generator,
         discriminator,
-        adam(generator),
-        adam(discriminator),
+        adam(generator, lr),
+        adam(discriminator, lr_d),
         torch.amp.GradScaler(device, enabled=scaled),
         torch.amp.GradScaler(device, enabled=scaled),
         {k: p.detach().clone() for k, p in generator.named_parameters()} if cfg.ema_half_life_images else {},
     )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Which step of the run this is."""
+
+    number: int
+    """Steps before it, by the images seen."""
+    images_seen: int
+    """Global images before it."""
+    numbers: Tensor
+    """(N,) int64: the image numbers of this rank's batch."""
+    g_learns: bool
 
 
 class Step:
@@ -90,12 +124,19 @@ class Step:
         joint: bool = False,
         guarded: bool = True,
         min_loss_scale: float = 1.0,
+        loss: LossConfig | None = None,
+        d_input: DiscriminatorInputConfig | None = None,
+        schedule: Schedule | None = None,
+        seed: int = 0,
     ) -> None:
         """
         Args:
             joint: real and fake in one pass of 2N.
             guarded: skip updates that are not finite; fp16's scalers do so in any case.
             min_loss_scale: where an fp16 scale halves no further, and a skipped update counts as hopeless.
+            loss, d_input: what is paid, and what is done to images before D sees them; None: the tutorial's.
+            schedule: of both learning rates, whose whole values are those the optimisers come with.
+            seed: of what is drawn for penalties, augmentation and noise.
         """
         self.players = players
         self.precision = precision
@@ -104,6 +145,12 @@ class Step:
         self.joint = joint
         self.guarded = guarded
         self.min_loss_scale = min_loss_scale
+        self.loss = loss or LossConfig()
+        self.losses = Losses(self.loss.kind, self.loss.real_label)
+        self.d_input = d_input or DiscriminatorInputConfig()
+        self.schedule = schedule or Schedule()
+        self.seed = seed
+        self._whole_lr = [(each, each.param_groups[0]["lr"]) for each in (players.optimizer_g, players.optimizer_d)]
         self.device = next(players.generator.parameters()).device
         self.before_backward: Callable[[], None] = lambda: None
         """Called once a step where this rank's own work ends and waiting for the others begins."""
@@ -117,14 +164,19 @@ class Step:
         ]
         self._statistics_before = [b.clone() for b in self._statistics]
 
-    def __call__(self, images: Tensor, latents: Tensor, images_seen: int, batch_size: int) -> Tensor:
+    def __call__(
+        self, images: Tensor, latents: Tensor, images_seen: int, batch_size: int, numbers: Tensor | None = None
+    ) -> Tensor:
         """Train both networks on one batch.
 
         Args:
             images: (N, H, W, C) uint8 on the training device.
             latents: (N, nz) float32.
-            images_seen: global images before this step; paces the average's ramp.
+            images_seen: global images before this step; paces the average's ramp, the learning rates and the noise, and
+                says whether R1 and G's half are due.
             batch_size: images of the global batch.
+            numbers: (N,) int64 on the device, the images' numbers, from which penalties, augmentation and noise are
+                drawn; None: those of one rank that never went back.
 
         Returns:
             (7,) float32 on the device: METERS, of this rank's images; not finite where the forward pass was not.
@@ -132,7 +184,9 @@ class Step:
         real = normalize(images, precision_.dtype_of(self.precision), self.channels_last)
         if self.guarded:
             torch._foreach_copy_(self._statistics_before, self._statistics)
-        meters = self.play(real, latents)
+        if self.schedule.kind != "none":
+            self._scale_learning_rates(self.schedule.factor(images_seen))
+        meters = self.play(real, latents, self._turn(images_seen, batch_size, len(images), numbers))
         if self.guarded:  # running statistics would keep a NaN for ever
             bad = ~torch.isfinite(meters[:2]).all()
             for now, before in zip(self._statistics, self._statistics_before, strict=True):
@@ -141,9 +195,57 @@ class Step:
             self.average(images_seen, batch_size)
         return meters
 
-    def play(self, real: Tensor, latents: Tensor) -> Tensor:
+    def _turn(self, images_seen: int, batch_size: int, count: int, numbers: Tensor | None) -> Turn:
+        if numbers is None:
+            numbers = torch.arange(images_seen, images_seen + count, device=self.device)
+        number = images_seen // batch_size
+        return Turn(number, images_seen, numbers, g_learns=(number + 1) % self.loss.d_steps == 0)
+
+    def play(self, real: Tensor, latents: Tensor, turn: Turn) -> Tensor:
         """One round of the game; real is (N, C, H, W) in [-1, 1]."""
         raise NotImplementedError
+
+    def _scale_learning_rates(self, factor: float) -> None:
+        """Both networks' at this share of their whole values."""
+        for optimizer, whole in self._whole_lr:
+            for group in optimizer.param_groups:
+                group["lr"] = factor * whole
+
+    def as_d_sees(self, images: Tensor, part: int, turn: Turn) -> Tensor:
+        """The images augmented, then under noise: what D judges, and what its penalties are taken at.
+
+        Args:
+            images: (N, C, H, W) in [-1, 1].
+            part: REAL or FAKE.
+
+        Returns:
+            (N, C, H, W), differentiable in the images; the images themselves where neither is on.
+        """
+        if self.d_input.augment:
+            images = diffaugment(images, self.d_input.augment, draws(self.seed, turn.numbers, part))
+        std = std_at(self.d_input.noise, self.d_input.noise_images, turn.images_seen)
+        return instance_noise(images, std, self.seed, part, turn.numbers) if std else images
+
+    def draw(self, latents: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+        """G's images, and the same as D sees them in both halves; without a way back where G does not learn."""
+        with torch.set_grad_enabled(turn.g_learns):
+            fake = self.players.forward_g(latents)
+            return fake, self.as_d_sees(fake, FAKE, turn)
+
+    def with_penalties(self, loss: Tensor, real: Tensor, fake: Tensor, turn: Turn) -> Tensor:
+        """D's loss and what it pays for its slope in this step; the loss itself where nothing is due.
+
+        Args:
+            real, fake: (N, C, H, W), as D sees them.
+        """
+        # D unwrapped: its parameters are the same, and one backward after all forward passes is one all-reduce.
+        discriminator, cfg = self.players.discriminator, self.loss
+        if cfg.gradient_penalty:
+            mix = uniform_float32(self.seed, Stream.PENALTY, turn.numbers, 1)[:, 0]
+            loss = loss + cfg.gradient_penalty * gradient_penalty(discriminator, real, fake, mix, self.precision)
+        if cfg.r1 and turn.number % cfg.r1_every == 0:
+            loss = loss + cfg.r1 * cfg.r1_every * r1(discriminator, real, self.precision)
+        return loss
 
     def average(self, images_seen: int, batch_size: int) -> None:
         """Move G's average towards G.
@@ -166,6 +268,11 @@ class Step:
     def update_g(self) -> None:
         """G's update, left out where a gradient is not finite or, without scalers, D's was left out."""
         self._update(self.players.optimizer_g, self.players.scaler_g, 1)
+
+    def spare_g(self, fake_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """G does not learn in this step; what it would pay, and D's outputs, both before D's update."""
+        self.skipped[1] = 0
+        return self.losses.generator(fake_outputs.detach()), fake_outputs
 
     def _update(self, optimizer: Any, scaler: Any, player: int) -> None:
         if scaler.is_enabled():
@@ -197,7 +304,7 @@ class Step:
         self, losses: tuple[Tensor, Tensor], logits: tuple[Tensor, Tensor, Tensor], real: Tensor, fake: Tensor
     ) -> Tensor:
         """(7,) METERS from D's and G's losses, D's logits of real and of fake before and after, and both batches."""
-        probabilities = [torch.sigmoid(each.detach().float()).mean() for each in logits]
+        probabilities = [self.losses.verdict(each.detach()).mean() for each in logits]
         spreads = [
             batch.detach()[:, :, ::SPREAD_STRIDE, ::SPREAD_STRIDE].float().std(0, correction=0).mean()
             for batch in (real, fake)
@@ -208,54 +315,64 @@ class Step:
 class ReferenceStep(Step):
     """The tutorial's order: D on real and backward, D on fake and backward, D steps; D on that fake, G steps."""
 
-    def play(self, real: Tensor, latents: Tensor) -> Tensor:
+    def play(self, real: Tensor, latents: Tensor, turn: Turn) -> Tensor:
         p = self.players
         p.optimizer_d.zero_grad()
         with self.autocast():
-            real_logits = p.forward_d(real)
-            loss_real = real_loss(real_logits)
+            seen_real = self.as_d_sees(real, REAL, turn)
+            real_logits = p.forward_d(seen_real)
+            loss_real = self.losses.real(real_logits)
         self.before_backward()
         p.scaler_d.scale(loss_real).backward()
         with self.autocast():
-            fake = p.forward_g(latents)
-            fake_logits = p.forward_d(fake.detach())
-            loss_fake = fake_loss(fake_logits)
-        p.scaler_d.scale(loss_fake).backward()
+            fake, seen_fake = self.draw(latents, turn)
+            fake_logits = p.forward_d(seen_fake.detach())
+            loss_fake = self.losses.fake(fake_logits)
+        p.scaler_d.scale(self.with_penalties(loss_fake, seen_real, seen_fake, turn)).backward()
         self.update_d()
-        p.optimizer_g.zero_grad()
-        with self.autocast():
-            after_logits = p.discriminator(fake)
-            loss_g = generator_loss(after_logits)
-        p.scaler_g.scale(loss_g).backward()
-        self.update_g()
+        if turn.g_learns:
+            p.optimizer_g.zero_grad()
+            with self.autocast():
+                after_logits = p.discriminator(seen_fake)
+                loss_g = self.losses.generator(after_logits)
+            p.scaler_g.scale(loss_g).backward()
+            self.update_g()
+        else:
+            loss_g, after_logits = self.spare_g(fake_logits)
         return self.meters((loss_real + loss_fake, loss_g), (real_logits, fake_logits, after_logits), real, fake)
 
 
 class FastStep(Step):
     """The same round with less work."""
 
-    def play(self, real: Tensor, latents: Tensor) -> Tensor:
+    def play(self, real: Tensor, latents: Tensor, turn: Turn) -> Tensor:
         p = self.players
         with self.autocast():
-            fake = p.forward_g(latents)
+            fake, seen_fake = self.draw(latents, turn)
+            seen_real = self.as_d_sees(real, REAL, turn)
             # One pass of 2N suits a GPU, where launches count; on a CPU two passes are as fast (232 and 231 images/s
             # at N = 128 in bf16, 2026-11) and need no copy of the two halves.
             if self.joint:
-                real_logits, fake_logits = p.forward_d(torch.cat([real, fake.detach()]), num_groups=2).chunk(2)
+                both = torch.cat([seen_real, seen_fake.detach()])
+                real_logits, fake_logits = p.forward_d(both, num_groups=2).chunk(2)
             else:
-                real_logits, fake_logits = p.forward_d(real), p.forward_d(fake.detach())
-            loss_d = discriminator_loss(real_logits, fake_logits)
+                real_logits, fake_logits = p.forward_d(seen_real), p.forward_d(seen_fake.detach())
+            loss_d = self.losses.discriminator(real_logits, fake_logits)
         p.optimizer_d.zero_grad()
+        penalised = self.with_penalties(loss_d, seen_real, seen_fake, turn)
         self.before_backward()
-        p.scaler_d.scale(loss_d).backward()
+        p.scaler_d.scale(penalised).backward()
         self.update_d()
 
-        p.discriminator.requires_grad_(False)
-        with self.autocast():
-            after_logits = p.discriminator(fake)
-            loss_g = generator_loss(after_logits)
-        p.optimizer_g.zero_grad()
-        p.scaler_g.scale(loss_g).backward()
-        p.discriminator.requires_grad_(True)
-        self.update_g()
+        if turn.g_learns:
+            p.discriminator.requires_grad_(False)
+            with self.autocast():
+                after_logits = p.discriminator(seen_fake)
+                loss_g = self.losses.generator(after_logits)
+            p.optimizer_g.zero_grad()
+            p.scaler_g.scale(loss_g).backward()
+            p.discriminator.requires_grad_(True)
+            self.update_g()
+        else:
+            loss_g, after_logits = self.spare_g(fake_logits)
         return self.meters((loss_d, loss_g), (real_logits, fake_logits, after_logits), real, fake)

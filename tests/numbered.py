@@ -57,12 +57,14 @@ def recorded(path: Path) -> Iterator[None]:
     """While entered, every step of this process adds a line to the file: images seen before, items, latents."""
     original = Step.__call__
 
-    def call(self: Step, images: torch.Tensor, latents: torch.Tensor, images_seen: int, batch_size: int) -> Any:
+    def call(
+        self: Step, images: torch.Tensor, latents: torch.Tensor, images_seen: int, batch_size: int, *numbers: Any
+    ) -> Any:
         items = (images[:, 0, 0, 0] // LEVEL).tolist()
         line = {"seen": images_seen, "items": items, "latents": latents.double().sum(1).tolist()}
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        return original(self, images, latents, images_seen, batch_size)
+        return original(self, images, latents, images_seen, batch_size, *numbers)
 
     with mock.patch.object(Step, "__call__", call):
         yield
