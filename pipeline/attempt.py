@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
 from pipeline import checkpoint as checkpoints
-from pipeline import distributed, precision, resume
+from pipeline import distributed, evaluating, precision, resume
 from pipeline.assembly import Plan, build_step, wrap_players
 from pipeline.cache import Cached
 from pipeline.checkpoint_writer import Snapshots, Writer
@@ -31,6 +32,7 @@ from pipeline.meters import Log, Meters, Progress, Timing, measured_peak_tflops,
 from pipeline.models import step_flops
 from pipeline.order import Slice
 from pipeline.pictures import save_png
+from pipeline.runfolder import ALL_SEEN, Outcome
 from pipeline.samples import Samples
 from pipeline.showing import fakes, reals
 from pipeline.tracker import open_tracker
@@ -38,6 +40,7 @@ from pipeline.vote import Tally, Vote, reason_of
 from pipeline.watch import CollapseWatch, Diverging, HangWatch, OwnTime, SkipWatch, slow_ranks
 
 if TYPE_CHECKING:
+    from pipeline.metrics.evaluation import Evaluation
     from pipeline.trainer import Run
 
 
@@ -50,14 +53,16 @@ class Data:
     cached: Cached | None
     threads: int
     """Decode threads of a rank."""
+    evaluation: Evaluation | None = None
+    """What eval.every_images measures with."""
 
 
 class _Ending(Exception):
-    """Training ends here on every rank, in good order: save, then raise the error."""
+    """Training ends here on every rank, in good order: save, then raise the error; a reason instead: all is done."""
 
-    def __init__(self, error: Exception, images_seen: int) -> None:
-        super().__init__(str(error))
-        self.error = error
+    def __init__(self, why: Exception | str, images_seen: int) -> None:
+        super().__init__(str(why))
+        self.error = why if isinstance(why, Exception) else None
         self.images_seen = images_seen
 
 
@@ -93,7 +98,8 @@ class Attempt:
         self.step.before_backward = self.own_time.end
         self._slow: list[int] = []
         self._slow_told: list[int] = []
-        self._saved_at = found.images_seen if found else -1
+        self._saved_at = self._settled_at = found.images_seen if found else -1
+        self._has_stepped = False
 
     def _restore(self) -> None:
         cfg, ranks, found, players = self.cfg, self.ranks, self.found, self.step.players
@@ -115,11 +121,8 @@ class Attempt:
             samples=self.data.samples,
         )  # fmt: skip
 
-    def train(self) -> tuple[int, Path | None, float]:
-        """Train to the end of the run.
-
-        Returns:
-            Images seen, the last checkpoint, seconds of training.
+    def train(self) -> Outcome:
+        """Train to the end of the run, or until evaluations say that it is enough.
 
         Raises:
             Diverging: the same on every rank: going back may mend it.
@@ -147,7 +150,9 @@ class Attempt:
             stack.callback(feed.close)
             self.timing = Timing(feed, float(found.manifest["elapsed_s"]) if found else 0.0)
             self.run.training_begins()
+            reason = ALL_SEEN
             try:
+                self._evaluate_where_missing()
                 self.images_seen = self._loop(feed)
             except Diverging:
                 self.vote.tally()  # the ranks leave with nothing under way
@@ -156,22 +161,24 @@ class Attempt:
                 self.vote.tally()
                 if ending.images_seen != self._saved_at:
                     self._save(ending.images_seen)
-                distributed.together(self.writer.wait)
-                self._update_status(ending.images_seen)
-                raise ending.error from None
+                if ending.error:
+                    distributed.together(self.writer.wait)
+                    self._update_status(ending.images_seen)
+                    raise ending.error from None
+                self.images_seen, reason = ending.images_seen, str(ending)
             distributed.together(self.writer.wait)
             self._update_status(self.images_seen)
-        return self.images_seen, self.writer.last or (found.folder if found else None), self.timing.elapsed_s()
+            self.run.on_leader(self._sum_up)
+            last = self.writer.last or (found.folder if found else None)
+            return Outcome(self.images_seen, last, self.timing.elapsed_s(), reason)
 
     def _loop(self, feed: Feed) -> int:
         cfg = self.cfg
-        first_step = True
 
         def on_step(_seen: int) -> None:
-            nonlocal first_step
-            if first_step:
-                distributed.shorten_timeout(cfg.distributed.step_timeout_s)
-                first_step = False
+            if not self._has_stepped:
+                distributed.set_timeout(cfg.distributed.step_timeout_s)
+                self._has_stepped = True
             self.hang.beat()
             if self.run.log is not None:
                 self.run.log.advance(cfg.train.batch_size)
@@ -182,6 +189,7 @@ class Attempt:
             Maintenance(cfg.log.grid_every_images, self._show_fakes),
             Maintenance(every_step, self._vote),  # may end the run: after what else is due at this step
             Maintenance(cfg.checkpoint.every_images, self._save_if_good),
+            *([Maintenance(cfg.eval.every_images, self._evaluate)] if self.data.evaluation else []),
             Maintenance(every_step, lambda _seen: self.own_time.begin()),  # last: what maintenance takes is no work
         ]
         return train(
@@ -260,7 +268,7 @@ class Attempt:
         row |= means | self.timing.read(images, ranks.world_size)
         achieved = self.flops * row["images_per_s_rank"] / 1e12
         row |= {
-            "learning_rate": self.step.players.optimizer_g.param_groups[0]["lr"],
+            **self._learning_rates(),
             "memory_gib": memory_gib(ranks.device),
             "tflop_per_s": achieved,
             "peak_fraction": achieved / self.peak_tflops,
@@ -277,6 +285,12 @@ class Attempt:
             if cfg.watch.on_collapse == "stop":
                 raise Diverged(f"collapse: {collapsed} (watch.on_collapse is stop)").on_every_rank()
 
+    def _learning_rates(self) -> dict[str, float]:
+        """G's, and D's where it has one of its own."""
+        players = self.step.players
+        of_g, of_d = (optimizer.param_groups[0]["lr"] for optimizer in (players.optimizer_g, players.optimizer_d))
+        return {"learning_rate": of_g} | ({"learning_rate_d": of_d} if of_d != of_g else {})
+
     def _look_for_slow_ranks(self, own_ms: list[float], step_ms: float, seen: int) -> None:
         slow = slow_ranks(own_ms, step_ms, self.cfg.watch.slow_rank_ratio)
         if slow and slow == self._slow and slow != self._slow_told:  # twice: one row may be a neighbour's doing
@@ -291,6 +305,9 @@ class Attempt:
         self._slow = slow
 
     def _save_if_good(self, seen: int) -> None:
+        if seen == self._settled_at:  # an evaluation asks for it as well
+            return
+        self._settled_at = seen
         self._settle(seen)
         if self.skips.streak and seen < self.plan.total_images:
             self.run.say(f"no checkpoint after {seen} images: the last {self.skips.streak} step(s) were not finite")
@@ -326,6 +343,42 @@ class Attempt:
         self._saved_at = seen
         self.hang.beat()
 
+    @contextlib.contextmanager
+    def _apart_from_training(self) -> Iterator[None]:
+        """What happens meanwhile may take as long as the start may: it lowers no images/s, and nobody takes a rank
+        that is long about it for one that hangs."""
+        distributed.set_timeout(self.cfg.distributed.start_timeout_s)
+        if self._has_stepped:
+            self.hang.beat(self.cfg.distributed.start_timeout_s)
+        with self.timing.paused():
+            yield
+        if self._has_stepped:
+            distributed.set_timeout(self.cfg.distributed.step_timeout_s)
+            self.hang.beat()
+
+    def _evaluate(self, seen: int) -> None:
+        """Measure G's average on all ranks.  The checkpoint comes first: a kill meanwhile costs the figures only, and
+        the next start begins with them."""
+        self._save_if_good(seen)
+        assert self.data.evaluation
+        with self._apart_from_training():
+            row = evaluating.measured(self.data.evaluation, self.step.players, self.cfg, seen)
+            enough = self.run.on_leader(lambda: self._note(row))
+        if enough and seen < self.plan.total_images:
+            raise _Ending(enough, seen)
+
+    def _note(self, row: dict[str, Any]) -> str:
+        self.writer.wait()  # a checkpoint that is still being written cannot be the best
+        assert self.run.log
+        return evaluating.note(row, self.cfg.eval, self.folder, self.run.log)
+
+    def _evaluate_where_missing(self) -> None:
+        """What a kill has kept an earlier start from, after its last checkpoint."""
+        if self.data.evaluation and self.run.on_leader(
+            lambda: evaluating.missing_at(self.folder.path, self.cfg, self.images_seen, self.plan.total_images)
+        ):
+            self._evaluate(self.images_seen)
+
     def _update_status(self, seen: int) -> None:
         if self.ranks.leads:
             last = {"checkpoint": str(self.writer.last)} if self.writer.last else {}
@@ -334,9 +387,12 @@ class Attempt:
     # What rank 0 shows
 
     def _begin(self) -> None:
-        self.run.log = Log(self.folder.path, self.progress, tracker=open_tracker(self.cfg, self.folder))
+        run = self.folder.path
+        self.run.log = Log(run, self.progress, tracker=open_tracker(self.cfg, self.folder))
         self._introduce()
-        path = self.folder.path / "samples" / "reals.png"
+        if self.data.evaluation:
+            evaluating.recall(self.cfg.eval, self.folder)
+        path = run / "samples" / "reals.png"
         if not path.exists() or self.images_seen == 0:
             self._show("reals", reals(self._feed(0, Slice(self.cfg.log.grid_size))), path, 0)
         if self.images_seen == 0:
@@ -376,6 +432,16 @@ class Attempt:
         save_png(picture, path)
         if self.run.log is not None:
             self.run.log.picture(tag, picture, seen)
+
+    def _sum_up(self) -> None:
+        """The last grid, where evaluations ended the run before it was due, and TensorBoard's table of runs."""
+        assert self.run.log
+        if not self.folder.grid(self.images_seen).exists():
+            self._show_fakes(self.images_seen)
+        self.run.log.compare(
+            evaluating.compared_settings(self.cfg, precision=self.plan.precision, ranks=self.ranks.world_size),
+            ["Loss/D", "Loss/G", "Progress/images", *evaluating.curve_tags(self.cfg.eval)],
+        )
 
     def _show_fakes(self, seen: int) -> None:
         """Rank 0 draws; the others go on and meet it at the next all-reduce."""

@@ -156,3 +156,16 @@ def mark_best(run: Path, folder: Path) -> None:
     """
     with written_aside(run / "checkpoints" / BEST) as aside:
         aside.write_text(json.dumps({"checkpoint": folder.name}) + "\n")
+
+
+def forget_best(run: Path) -> None:
+    """Mark none as the best.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    path = run / "checkpoints" / BEST
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot remove {path}: {error.strerror}") from None

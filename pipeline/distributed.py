@@ -123,8 +123,8 @@ def restart_count() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
-def shorten_timeout(seconds: int) -> None:
-    """From the first step on a missing rank is noticed sooner."""
+def set_timeout(seconds: int) -> None:
+    """From now on a missing rank is noticed after so long."""
     if not dist.is_initialized():
         return
     if hasattr(dist, "set_timeout"):  # torch 2.15; _set_pg_timeout before

@@ -1,4 +1,4 @@
-"""What training says while it runs: stats.jsonl, TensorBoard, W&B, a progress bar or plain lines.
+"""What training says while it runs: stats.jsonl, metrics.jsonl, TensorBoard, W&B, a progress bar or plain lines.
 
 Losses add up on the device and are read every log.every_steps steps, the only place where the host waits for it.
 """
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
@@ -30,6 +31,8 @@ from pipeline.files import written_aside
 from pipeline.step import METERS
 from pipeline.tracker import Tracker
 
+METRICS_FILE = "metrics.jsonl"
+"""In a run's folder: a line for each evaluation while it trained."""
 _TAGS = {
     "loss_d": "Loss/D",
     "loss_g": "Loss/G",
@@ -41,6 +44,7 @@ _TAGS = {
     "epoch": "Progress/epoch",
     "images_seen": "Progress/images",
     "learning_rate": "Progress/learning_rate",
+    "learning_rate_d": "Progress/learning_rate_d",
     "images_per_s": "Timing/images_per_s",
     "images_per_s_rank": "Timing/images_per_s_rank",
     "step_ms": "Timing/step_ms",
@@ -163,21 +167,50 @@ class Timing:
         self.last, self.waited = now, waited
         return rates
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens meanwhile is no training: it lowers no rate, though elapsed_s() counts it."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.last += time.perf_counter() - begun
+
+
+def rows_up_to(path: Path, images_seen: float = math.inf) -> list[dict[str, Any]]:
+    """The lines of stats.jsonl or metrics.jsonl up to a checkpoint; none where there is no such file."""
+    found: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+            if row["images_seen"] > images_seen:
+                break
+        except (ValueError, KeyError, TypeError):  # the last line of a killed run may be half written
+            break
+        found.append(row)
+    return found
+
 
 def keep_lines_up_to(path: Path, images_seen: int) -> None:
-    """Cut from stats.jsonl what came after a checkpoint, so that a resumed run does not stand twice in it."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["images_seen"] > images_seen:
-                break
-        except (ValueError, KeyError):  # the last line of a killed run may be half written
-            break
-        kept.append(line + "\n")
-    with written_aside(path) as aside:
-        aside.write_text("".join(kept))
+    """Cut from such a file what came after a checkpoint, so that a resumed run does not stand twice in it."""
+    if path.exists():
+        kept = [json.dumps(row) + "\n" for row in rows_up_to(path, images_seen)]
+        with written_aside(path) as aside:
+            aside.write_text("".join(kept))
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    """A line more, null for numbers that JSON has not.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in row.items()}
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(finite) + "\n")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from None
 
 
 @dataclass
@@ -199,8 +232,10 @@ class Log:
         self.stream = stream or sys.stderr
         self.tracker = tracker
         self.path = run / "stats.jsonl"
+        self.metrics_path = run / METRICS_FILE
         self.resumed_at = progress.images_seen
-        keep_lines_up_to(self.path, progress.images_seen)
+        for path in (self.path, self.metrics_path):
+            keep_lines_up_to(path, progress.images_seen)
         # What an earlier start wrote after this point is taken back; without one there is nothing to take back.
         again = (run / "tensorboard").exists()
         with self._board_writes():
@@ -246,22 +281,13 @@ class Log:
 
     def write(self, row: dict[str, Any], progress: Progress) -> None:
         """One line of stats.jsonl, one point of each curve, and for a person the same in short."""
-        finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in row.items()}
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(finite) + "\n")
-        except OSError as error:
-            raise StorageError(f"cannot write {self.path}: {error.strerror}") from None
+        _append(self.path, row)
+        self._points({tag: row[key] for key, tag in _TAGS.items() if key in row}, row["images_seen"])
         with self._board_writes():
-            for key, tag in [*_TAGS.items(), *_CHART_TAGS.items()]:
-                if finite.get(key) is not None:
+            for key, tag in _CHART_TAGS.items():
+                if math.isfinite(row[key]):
                     self.board.add_scalar(tag, row[key], row["images_seen"])
             self.board.flush()
-        if self.tracker is not None:
-            points = {tag: row[key] for key, tag in _TAGS.items() if finite.get(key) is not None}
-            self.tracker.log(points, row["images_seen"])
-            for news in self.tracker.news():
-                self.say(news)
         short = (
             f"Loss_D {row['loss_d']:.3f}  Loss_G {row['loss_g']:.3f}  D(x) {row['d_real']:.2f}"
             f"  D(G(z)) {row['d_fake_before']:.2f}/{row['d_fake_after']:.2f}"
@@ -276,6 +302,38 @@ class Log:
             f"images {done}  epoch {row['epoch']:.2f}  {short}  {row['images_per_s']:.0f} images/s"
             f"  data wait {row['data_wait_percent']:.1f} %  ETA {minutes}:{seconds:02d}"
         )
+
+    def _points(self, values: dict[str, float], images_seen: int) -> None:
+        """A point of each curve, for TensorBoard and for W&B; a gap where the value is not finite."""
+        finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
+        with self._board_writes():
+            for tag, value in finite.items():
+                self.board.add_scalar(tag, value, images_seen)
+            self.board.flush()
+        if self.tracker is not None:
+            self.tracker.log(finite, images_seen)
+            for news in self.tracker.news():
+                self.say(news)
+
+    def measured(self, row: dict[str, Any], curves: dict[str, float], text: str) -> None:
+        """One line of metrics.jsonl, a point of each of these curves by their tags, and a line for a person."""
+        _append(self.metrics_path, row)
+        self._points(curves, row["images_seen"])
+        self.say(text)
+
+    def compare(self, settings: dict[str, Any], tags: list[str]) -> None:
+        """What TensorBoard's table of runs (HParams) shows of this one.
+
+        Args:
+            settings: numbers, texts and truth values.
+            tags: of curves, whose last points are shown.
+        """
+        with self._board_writes():
+            assert self.board.file_writer is not None
+            # As add_hparams does, but in this folder: a folder of its own would be another run in every chart.
+            for part in hparams(settings, dict.fromkeys(tags, 0.0)):
+                self.board.file_writer.add_summary(part)
+            self.board.flush()
 
     def event(self, text: str, images_seen: int) -> None:
         """Something that a person should know: a line, and a text in TensorBoard."""

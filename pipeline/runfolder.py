@@ -9,6 +9,7 @@ import os
 import socket
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ _OF_A_RUN = (
     "env.json",
     "status.json",
     "stats.jsonl",
+    "metrics.jsonl",
+    "evaluations.jsonl",
     "failures.jsonl",
     "replaced.txt",
     "report.html",
+    "report",
     "samples",
     "checkpoints",
     "tensorboard",
@@ -32,8 +36,23 @@ _OF_A_RUN = (
 )
 
 
+ALL_SEEN = "all images seen"
+"""Why a run has ended that nothing ended early."""
 _MAX_EVENTS = 50
 """status.json keeps the newest so many."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run that has come to a good end has ended."""
+
+    images_seen: int
+    checkpoint: Path | None
+    """The last one."""
+    elapsed_s: float
+    """Seconds of training, those of earlier starts included."""
+    reason: str = ALL_SEEN
+    """Why there."""
 
 
 class RunFolder:
@@ -92,6 +111,13 @@ class RunFolder:
     def update(self, **values: Any) -> None:
         """Change entries of status.json."""
         write_in_place_if_full(self.path / "status.json", json.dumps(self.status | values, indent=1) + "\n")
+
+    def finish(self, outcome: Outcome) -> None:
+        """Say in status.json that nothing is left to do."""
+        last = str(outcome.checkpoint)
+        self.update(
+            state="finished", reason=outcome.reason, exit_code=0, images_seen=outcome.images_seen, checkpoint=last
+        )
 
     def add_event(self, text: str, images_seen: int) -> None:
         """Keep in status.json what a person should know."""

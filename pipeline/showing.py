@@ -24,9 +24,18 @@ def reals(feed: Feed) -> Image.Image:
 
 def fakes(players: Players, cfg: Config) -> Image.Image:
     """A grid of the fixed latents, by G's average with statistics recalibrated for it; G itself stays as it is."""
-    device = next(players.generator.parameters()).device
-    generator = Generator(cfg.model.nz, cfg.model.ngf, cfg.data.nc, *cfg.data.size)
-    generator.load_state_dict({k: v.float() for k, v in players.generator.state_dict().items()} | players.ema)
-    generator.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    generator = average_of(players, cfg)
+    device = next(generator.parameters()).device
     fixed = latents(cfg.run.seed, Stream.FIXED_LATENT, 0, cfg.log.grid_size, cfg.model.nz, device)
     return grid(generate(recalibrated(generator, cfg.model.nz, images=512), fixed))
+
+
+def average_of(players: Players, cfg: Config) -> Generator:
+    """G's average, or G where none is kept, as a network of its own: float32, on the device, equal on all ranks but
+    for its running statistics, which are this rank's (see pipeline.sampling.recalibrated)."""
+    device = next(players.generator.parameters()).device
+    with torch.random.fork_rng(devices=[]):  # its first weights are drawn, though for nothing
+        generator = Generator(cfg.model.nz, cfg.model.ngf, cfg.data.nc, *cfg.data.size)
+    generator.load_state_dict({k: v.float() for k, v in players.generator.state_dict().items()} | players.ema)
+    generator.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return generator

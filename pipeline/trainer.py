@@ -17,7 +17,7 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from pipeline import checkpoint as checkpoints
-from pipeline import distributed, precision, resume
+from pipeline import distributed, evaluating, precision, resume
 from pipeline.assembly import Plan, make_plan
 from pipeline.attempt import Attempt, Data
 from pipeline.cache import Cached, build_cache, folder_identity
@@ -29,7 +29,7 @@ from pipeline.history import History, after_trouble, history_of
 from pipeline.index import Dataset, open_dataset
 from pipeline.meters import Log
 from pipeline.report import write_report
-from pipeline.runfolder import RunFolder
+from pipeline.runfolder import ALL_SEEN, Outcome, RunFolder
 from pipeline.samples import Samples
 from pipeline.signals import StopSignals
 from pipeline.watch import Diverging
@@ -81,22 +81,27 @@ class Run:
         precision.apply(plan.precision, deterministic=cfg.run.deterministic)
         threads = cfg.data.workers or distributed.num_threads(cfg.distributed, ranks.local_world_size)
         found = self.on_leader(lambda: self._checkpoint(dataset))
-        if found and found.images_seen >= plan.total_images:
-            self.on_leader(lambda: self._already_done(len(dataset), found))
+        if found and self.on_leader(lambda: self._already_done(len(dataset), plan, found)):
             return
         samples = Samples(dataset)
-        data = Data(dataset, samples, self._build_cache(dataset, samples, plan, threads), threads)
+        cached = self._build_cache(dataset, samples, plan, threads)
+        evaluation = distributed.together(
+            lambda: evaluating.open_evaluation(
+                cfg, dataset, ranks, decoder=plan.decoder, cached=cached, samples=samples, threads=threads, say=self.say
+            )
+        )
+        data = Data(dataset, samples, cached, threads, evaluation)
         history = history_of(found)
         while True:
             attempt = Attempt(self, plan, data, found, history)
             try:
-                images_seen, last, elapsed_s = attempt.train()
+                outcome = attempt.train()
                 break
             except Diverging as trouble:
                 found, history = self._go_back(trouble, attempt.history)
                 del attempt  # its networks make room for the next one's
         if ranks.leads:
-            self._finish(images_seen, last, elapsed_s)
+            self._finish(outcome)
 
     def _go_back(self, trouble: Diverging, history: History) -> tuple[checkpoints.Checkpoint | None, History]:
         """The newest good checkpoint and what to remember; of trouble that came back, one that is older."""
@@ -151,18 +156,29 @@ class Run:
             self.say(f"a checkpoint that this run does not go on from is now {folder.name}")
         return found
 
-    def _already_done(self, num_images: int, found: checkpoints.Checkpoint) -> None:
-        train = self.cfg.train
-        by_images = train.max_images and train.max_images <= train.num_epochs * num_images
-        key = "train.max_images" if by_images else "train.num_epochs"
-        value = train.max_images if by_images else train.num_epochs
-        self.say(
-            f"this run is finished: {found.images_seen} images seen, {key} is {value:g}; raise --{key} to train on"
-        )
-        if self.folder.status.get("state") != "finished":  # killed between its last checkpoint and its end
-            self._finish(found.images_seen, found.folder, float(found.manifest["elapsed_s"]))
+    def _already_done(self, num_images: int, plan: Plan, found: checkpoints.Checkpoint) -> bool:
+        """Whether there is nothing left to train; says so, and ends what a kill has left without an end."""
+        cfg, run, train = self.cfg, self.folder.path, self.cfg.train
+        finished = self.folder.status.get("state") == "finished"
+        reason = ALL_SEEN
+        if found.images_seen >= plan.total_images:
+            if not finished and evaluating.missing_at(run, cfg, found.images_seen, plan.total_images):
+                return False  # killed in its last evaluation
+            by_images = train.max_images and train.max_images <= train.num_epochs * num_images
+            key = "train.max_images" if by_images else "train.num_epochs"
+            value = train.max_images if by_images else train.num_epochs
+            why = f"{found.images_seen} images seen, {key} is {value:g}; raise --{key} to train on"
         else:
-            self.say(f"report: {self.folder.path / 'report.html'}")
+            reason = evaluating.enough(run, cfg.eval, found.images_seen)
+            if not reason:
+                return False
+            why = f"{reason}; raise --eval.patience to train on, or set it to 0"
+        self.say(f"this run is finished: {why}")
+        if finished:
+            self.say(f"report: {run / 'report.html'}")
+        else:  # killed between its last checkpoint and its end
+            self._finish(Outcome(found.images_seen, found.folder, float(found.manifest["elapsed_s"]), reason))
+        return True
 
     def _build_cache(self, dataset: Dataset, samples: Samples, plan: Plan, threads: int) -> Cached | None:
         kind = plan.cache
@@ -215,14 +231,15 @@ class Run:
 
     # How it ended
 
-    def _finish(self, images_seen: int, checkpoint: Path | None, elapsed_s: float) -> None:
-        self.folder.update(
-            state="finished", reason="all images seen", exit_code=0, images_seen=images_seen, checkpoint=str(checkpoint)
-        )
-        self.say(f"finished: {images_seen} images in {elapsed_s / 60:.1f} minutes")
+    def _finish(self, outcome: Outcome) -> None:
+        self.folder.finish(outcome)
+        early = "" if outcome.reason == ALL_SEEN else f": {outcome.reason}"
+        self.say(f"finished: {outcome.images_seen} images in {outcome.elapsed_s / 60:.1f} minutes{early}")
         if self.cfg.log.report:
             self.say(f"report: {write_report(self.folder.path)}")
-        self.say(f"pictures: {self.folder.grid(images_seen)}")
+        grid = self.folder.grid(outcome.images_seen)
+        if grid.exists():  # not where evaluations ended the run and a kill came between
+            self.say(f"pictures: {grid}")
 
     def preempted(self, stop: Preempted) -> None:
         if self.ranks.leads and self.folder.ready:

@@ -172,9 +172,9 @@ class HangWatch:
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def beat(self) -> None:
-        """A step was made."""
-        self._last = time.monotonic()
+    def beat(self, patience_s: float = 0.0) -> None:
+        """A step was made; the next beat may take so much longer than usual to come."""
+        self._last = time.monotonic() + patience_s
         if self._thread is None and self.hang_s:
             self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
             self._thread.start()
@@ -185,7 +185,7 @@ class HangWatch:
             faulthandler.dump_traceback_later(2 * self.hang_s, exit=True)
             before, looked = looked, time.monotonic()
             if looked - before > self.hang_s / 2:  # the whole process stood still, stopped by a scheduler perhaps
-                self._last = looked
+                self._last = max(self._last, looked)
             if time.monotonic() - self._last > self.hang_s:
                 self._end(f"no step for {self.hang_s:g} seconds on rank {self.rank} ({socket.gethostname()})")
 

@@ -158,7 +158,7 @@ def test_one_rank_needs_no_process_group(monkeypatch):
         assert (ranks.rank, ranks.world_size, ranks.leads) == (0, 1, True)
         assert not dist.is_initialized()
         assert distributed.gather("x") == ["x"]
-        distributed.shorten_timeout(5)
+        distributed.set_timeout(5)
         with pytest.raises(StorageError):
             distributed.together(lambda: (_ for _ in ()).throw(StorageError("disk")))
     finally:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from pipeline import assembly, distributed, sizes, trainer
+from pipeline import assembly, distributed, evaluating, sizes, trainer
 from pipeline.cli.options import Options, parse, to_yaml
 from pipeline.config import ConfigError
 from pipeline.errors import Preempted, StorageError, UserError
@@ -115,6 +115,7 @@ def describe(options: Options) -> str:
         f"steps                 {plan.num_steps:,} of {cfg.train.batch_size}: {plan.total_images:,} images, "
         f"{plan.total_images / len(dataset):.2f} epochs",
         f"learning rate         {cfg.optim.scaled_lr(cfg.train.batch_size):g}",
+        f"evaluations           {evaluating.plan_in_words(cfg, plan.total_images)}",
         f"memory a rank         about {memory.total / 2**30:.2f} GiB: weights and optimisers "
         f"{memory.states / 2**30:.2f}, activations {memory.activations / 2**30:.2f}; Python and libraries come on top",
     ]
