@@ -300,6 +300,8 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    """Settings of the whole run."""
+
     data: DataConfig = field(default_factory=DataConfig)
     """Photographs in."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -68,7 +68,9 @@ set_loader("yaml_strict", load_yaml, exceptions=(yaml.YAMLError,))
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="train.py",
-        description="Train a DCGAN on photographs.  The same command again resumes.",
+        usage="train.py [--config FILE] [--section.key VALUE ...] [--dry-run] [--print_config]",
+        description="Train a DCGAN on photographs.  The same command again resumes.  Under torchrun: many ranks.",
+        epilog="Most used: --data.dataroot, --run.dir, --train.num_epochs, --train.batch_size, --data.image_size.",
         parser_mode="yaml_strict",
         exit_on_error=False,
         allow_abbrev=False,
