@@ -48,17 +48,19 @@ def grid_shape(count: int) -> tuple[int, int]:
     return -(-count // columns), columns
 
 
-def grid(images: Tensor) -> Image.Image:
+def grid(images: Tensor, columns: int = 0) -> Image.Image:
     """All pictures in one, row by row, with 2 pixels between them.
 
     Args:
         images: (N, H, W, C) uint8, N at least 1, C of 1, 3 or 4.
+        columns: pictures in a row; 0: ceil(sqrt(N)).
 
     Returns:
-        A picture in ceil(sqrt(N)) columns.  Gaps and places left over are white; where C is 4, transparent.
+        One picture.  Gaps and places left over are white; where C is 4, transparent.
     """
     count, height, width, channels = images.shape
-    rows, columns = grid_shape(count)
+    columns = columns or grid_shape(count)[1]
+    rows = -(-count // columns)
     canvas = torch.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), 255, dtype=torch.uint8)
     if channels == 4:
         canvas[..., 3] = 0

@@ -33,7 +33,7 @@ for (const player of document.querySelectorAll(".player")) {
 
 // Charts: under the pointer, the legend shows the values there instead of the latest ones.
 for (const figure of document.querySelectorAll(".chart")) {
-  const { x, y, right, digits, suffix } = JSON.parse(figure.querySelector("script").textContent);
+  const { lines, right, digits, suffix } = JSON.parse(figure.querySelector("script").textContent);
   const plot = figure.querySelector(".plot");
   const cursor = plot.querySelector("i");
   const output = figure.querySelector("output");
@@ -41,15 +41,22 @@ for (const figure of document.querySelectorAll(".chart")) {
   const latest = values.map((value) => value.textContent);
   const text = (v) => v === null ? "–"
     : v.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits }) + suffix;
+  const nearest = (x, at) => {
+    let best = 0;
+    x.forEach((value, i) => { if (Math.abs(value - at) < Math.abs(x[best] - at)) best = i; });
+    return best;
+  };
+  const every = lines.flatMap((line) => line.x);
   plot.addEventListener("pointermove", (event) => {
     const box = plot.getBoundingClientRect();
-    const at = (event.clientX - box.left) / box.width * right;
-    let nearest = 0;
-    x.forEach((value, i) => { if (Math.abs(value - at) < Math.abs(x[nearest] - at)) nearest = i; });
+    const at = every[nearest(every, (event.clientX - box.left) / box.width * right)];
     cursor.style.display = "block";
-    cursor.style.left = `${100 * x[nearest] / right}%`;
-    output.textContent = `at ${x[nearest].toLocaleString("en-US")} images`;
-    values.forEach((value, i) => { value.textContent = text(y[i][nearest]); });
+    cursor.style.left = `${100 * at / right}%`;
+    output.textContent = `at ${at.toLocaleString("en-US")} images`;
+    lines.forEach(({ x, y }, i) => {
+      const there = x.length && x[0] <= at && at <= x[x.length - 1];  // a shorter run has ended before
+      values[i].textContent = text(there ? y[nearest(x, at)] : null);
+    });
   });
   plot.addEventListener("pointerleave", () => {
     cursor.style.display = "none";

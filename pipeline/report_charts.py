@@ -24,11 +24,15 @@ SIDE = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One curve: its name in the legend, its CSS class (a colour), its values, one for each x."""
+    """One curve: its name in the legend, its CSS class (a colour), its places on the axis, a value for each of them."""
 
     name: str
     style: str
+    xs: Sequence[float]
+    """Images seen, rising."""
     values: Sequence[Value]
+    best: int | None = None
+    """Index of a point that gets a ring around it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +87,14 @@ def envelope(values: Sequence[Value], most: int) -> list[int]:
     return sorted(chosen)
 
 
-def ticks(top: float, most: int) -> list[float]:
-    """Round numbers 0, step, 2 step, ... up to `top`, at most `most` of them beside 0; the step is 1, 2 or 5 times a
-    power of ten."""
-    if top <= 0:
-        return [0.0]
-    power = 10.0 ** math.floor(math.log10(top / most))
-    step = next(m * power for m in (1, 2, 5, 10) if top / (m * power) <= most + 1e-9)
-    return [i * step for i in range(math.floor(top / step + 1e-9) + 1)]
+def ticks(top: float, most: int, low: float = 0.0) -> list[float]:
+    """Multiples of a round step from `low` to `top`, at most `most` of them beside the first; the step is 1, 2 or 5
+    times a power of ten."""
+    if top <= low:
+        return [low]
+    power = 10.0 ** math.floor(math.log10((top - low) / most))
+    step = next(m * power for m in (1, 2, 5, 10) if (top - low) / (m * power) <= most + 1e-9)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(top / step + 1e-9) + 1)]
 
 
 def short(value: float) -> str:
@@ -101,47 +105,57 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def chart(title: str, xs: Sequence[float], lines: Sequence[Line], scale: Scale) -> str:
+def chart(title: str, lines: Sequence[Line], scale: Scale, *, raw: bool = True) -> str:
     """A figure: legend with the latest values, curves (measured faint, smoothed strong), axes.
 
     Args:
         title: names the chart for those who cannot see it.
-        xs: images seen, rising.
-        lines: one value for each x.
+        lines: at least one, with at least one point.
         scale: see there.
+        raw: also what was measured, beside its mean.
     """
-    window = len(xs) // 40 | 1 if len(xs) >= 50 else 1
-    means = [smoothed(smoothed(line.values, window), window) for line in lines]  # twice: no steps at a spike
-    top, beyond = _top(lines, means, scale)
-    heights = ticks(top, 5)
-    right = xs[-1] if xs and xs[-1] > 0 else 1.0
+    windows = [len(line.xs) // 40 | 1 if len(line.xs) >= 50 else 1 for line in lines]
+    means = [
+        smoothed(smoothed(line.values, window), window)  # twice: no steps at a spike
+        for line, window in zip(lines, windows, strict=True)
+    ]
+    ends, beyond = _ends(lines, means, scale)
+    heights = ticks(ends.top, 5, ends.low)
+    right = max((line.xs[-1] for line in lines if line.xs), default=0.0) or 1.0
 
-    drawn = [f'<line class="rule" x1="0" x2="{SIDE}" y1="{_y(t, top)}" y2="{_y(t, top)}"/>' for t in heights]
+    drawn = [f'<line class="rule" x1="0" x2="{SIDE}" y1="{ends.y(t)}" y2="{ends.y(t)}"/>' for t in heights]
     if scale.guide is not None:
-        y = _y(scale.guide, top)
+        y = ends.y(scale.guide)
         drawn.append(f'<line class="guide" x1="0" x2="{SIDE}" y1="{y}" y2="{y}"/>')
-    if window > 1:
-        for line in lines:
-            drawn.append(_path(xs, line.values, envelope(line.values, MOST_POINTS), right, top, f"raw {line.style}"))
-    shown = evenly(len(xs), MOST_POINTS // 2)
-    for line, mean in zip(lines, means, strict=True):
-        drawn.append(_path(xs, mean, shown, right, top, line.style))
+    for line, window in zip(lines, windows, strict=True):
+        if raw and window > 1:
+            drawn.append(_path(line, line.values, envelope(line.values, MOST_POINTS), right, ends, "raw "))
+    shown = [evenly(len(line.xs), MOST_POINTS // 2) for line in lines]
+    for line, mean, indices in reversed(list(zip(lines, means, shown, strict=True))):  # the first lies on top
+        drawn.append(_path(line, mean, indices, right, ends, ""))
+        best = None if line.best is None else line.values[line.best]
+        if line.best is not None and best is not None:
+            point = f"M{SIDE * line.xs[line.best] / right:.1f} {ends.y(best)}h0"
+            drawn.append(f'<path class="ring {line.style}" d="{point}"/><path class="hole" d="{point}"/>')
 
     y_axis = "".join(
-        f'<span style="bottom:{100 * t / top:.2f}%">{short(t)}{scale.suffix}</span>' for t in ticks(top, 5)
+        f'<span style="bottom:{100 * (t - ends.low) / (ends.top - ends.low):.2f}%">{short(t)}{scale.suffix}</span>'
+        for t in heights
     )
     x_axis = "".join(
         f'<span style="left:{100 * t / right:.2f}%">{short(t)}</span>' for t in ticks(right, scale.x_ticks)
     )
     legend = "".join(
         f'<li><svg class="key" viewBox="0 0 24 4"><path class="{line.style}" d="M1 2H23"/></svg>'
-        f"{escape(line.name)} <b>{scale.text(_latest(mean))}</b></li>"
+        f"<span>{escape(line.name)}</span> <b>{scale.text(_latest(mean))}</b></li>"
         for line, mean in zip(lines, means, strict=True)
     )
     note = f'<p class="beyond">{escape(beyond)}</p>' if beyond else ""
     read_out = {
-        "x": [xs[i] for i in shown],
-        "y": [[_rounded(mean[i]) for i in shown] for mean in means],
+        "lines": [
+            {"x": [line.xs[i] for i in indices], "y": [_rounded(mean[i]) for i in indices]}
+            for line, mean, indices in zip(lines, means, shown, strict=True)
+        ],
         "right": right,
         "digits": scale.digits,
         "suffix": scale.suffix,
@@ -159,47 +173,64 @@ def as_json(value: object) -> str:
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _top(lines: Sequence[Line], means: Sequence[Sequence[Value]], scale: Scale) -> tuple[float, str]:
-    """The upper end of the value axis, and a sentence about what lies beyond it.
+@dataclass(frozen=True)
+class _Ends:
+    """The two ends of a value axis."""
 
-    A single spike would press all curves flat, so the axis ends where 99 of 100 values do.
+    low: float
+    top: float
+
+    def y(self, value: float) -> str:
+        """Where a value stands in the SVG."""
+        return f"{SIDE - SIDE * min(max((value - self.low) / (self.top - self.low), 0.0), 1.0):.1f}"
+
+
+def _ends(lines: Sequence[Line], means: Sequence[Sequence[Value]], scale: Scale) -> tuple[_Ends, str]:
+    """The value axis, and a sentence about what lies beyond it.
+
+    It begins at 0 unless values are negative, as a Wasserstein loss is.  A single spike would press all curves flat,
+    so the axis ends where 99 of 100 values do.
     """
     if scale.top is not None:
-        return scale.top, ""
+        return _Ends(0.0, scale.top), ""
     values = sorted(v for line in lines for v in line.values if v is not None)
-    if not values or values[-1] <= 0:
-        return 1.0, ""
-    most = max(values[int(0.99 * (len(values) - 1))], *(v for mean in means for v in mean if v is not None))
-    beyond = values[-1] > 1.5 * most
-    top = most if beyond else values[-1]
-    step = ticks(top, 5)[1]
-    return step * math.ceil(
-        top / step
-    ), f"The highest value, {scale.text(values[-1])}, lies above the frame." if beyond else ""
+    if not values or values[0] == values[-1] == 0:
+        return _Ends(0.0, 1.0), ""
+    middle = [v for mean in means for v in mean if v is not None]
+    last = len(values) - 1
+    high, above = _end(values[-1], max(values[int(0.99 * last)], *middle))
+    deep, below = _end(-values[0], max(-values[last - int(0.99 * last)], *(-v for v in middle)))
+    span = ticks(high + deep, 5)
+    step = span[1] - span[0]
+    told = [f"the highest value, {scale.text(values[-1])}, lies above the frame"] if above else []
+    told += [f"the lowest value, {scale.text(values[0])}, lies below it"] if below else []
+    sentence = " and ".join(told)
+    ends = _Ends(-step * math.ceil(deep / step - 1e-9), step * math.ceil(high / step - 1e-9))
+    return ends, f"{sentence[0].upper()}{sentence[1:]}." if told else ""
 
 
-def _path(
-    xs: Sequence[float], values: Sequence[Value], indices: Sequence[int], right: float, top: float, style: str
-) -> str:
+def _end(extreme: float, most: float) -> tuple[float, bool]:
+    """How far from 0 the axis reaches on one side, and whether the extreme lies beyond; 0 where nothing is there."""
+    beyond = extreme > 0 and extreme > 1.5 * max(most, 0.0)
+    return max(0.0, most if beyond else extreme), beyond
+
+
+def _path(line: Line, values: Sequence[Value], indices: Sequence[int], right: float, ends: _Ends, kind: str) -> str:
     """The curve through these points; a gap where a value is missing, a dot where a point has no neighbour."""
     curve, dots = [], []
     stretch: list[str] = []
     for i in [*indices, None]:
         value = None if i is None else values[i]
         if i is not None and value is not None:
-            stretch.append(f"{SIDE * xs[i] / right:.1f} {_y(value, top)}")
+            stretch.append(f"{SIDE * line.xs[i] / right:.1f} {ends.y(value)}")
             continue
         if len(stretch) == 1:
             dots.append(f"M{stretch[0]}h0")  # a stroke without length is a dot, for its ends are round
         elif stretch:
             curve.append("M" + "L".join(stretch))
         stretch = []
-    styles = ((style, curve), (f"dot {style}", dots))
+    styles = ((f"{kind}{line.style}", curve), (f"dot {kind}{line.style}", dots))
     return "".join(f'<path class="{name}" d="{"".join(parts)}"/>' for name, parts in styles if parts)
-
-
-def _y(value: float, top: float) -> str:
-    return f"{SIDE - SIDE * min(max(value / top, 0.0), 1.0):.1f}"
 
 
 def _rounded(value: Value) -> Value:

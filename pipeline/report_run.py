@@ -12,16 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from PIL import Image
 
 from pipeline.errors import StorageError
+from pipeline.files import read_object
 from pipeline.pictures import GAP, grid_shape
 from pipeline.report_charts import Value, evenly
 
 MOST_FRAMES = 24
-FRAMES_BYTES = 3_200_000
+FRAMES_BYTES = 1_000_000
 """All frames of the growth together; base64 adds a third."""
-STILL_BYTES = 800_000
+STILL_BYTES = 60_000
 """A picture larger than this is compressed before it is embedded."""
 FRAME_SETTINGS = ((1056, 86), (528, 80), (528, 50), (264, 30))
 """Longest side in pixels and WebP quality, tried in this order until the frames fit."""
@@ -36,15 +38,33 @@ class Frame:
     uri: str
 
 
+@dataclass(frozen=True)
+class Made:
+    """A picture that the report has made of the run's generator, in RUN/report/, and what belongs to it."""
+
+    facts: dict[str, Any]
+    uris: list[str]
+    """Data URIs: the picture, or its rows."""
+
+    @property
+    def images_seen(self) -> int:
+        return int(number(self.facts.get("images_seen")) or 0)
+
+
 @dataclass
 class Run:
     """All that the page shows, as it lies in the run's folder; what is missing is empty."""
 
     name: str
-    status: dict[str, Any]
-    env: dict[str, Any]
-    config_text: str
-    stats: list[dict[str, Any]]
+    status: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    stats: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of stats.jsonl."""
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of metrics.jsonl: the evaluations while it trained."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """The last line of evaluations.jsonl: the newest of launch/evaluate.py."""
     reals: str = ""
     """Data URI of the real photographs."""
     fakes: Frame | None = None
@@ -53,12 +73,58 @@ class Run:
     """Grids of the fixed latents, oldest first."""
     strip: list[Frame] = field(default_factory=list)
     """The first few pictures of some of those grids, a row each."""
+    samples: Made | None = None
+    """Random samples, as a grid."""
+    walks: Made | None = None
+    """Ways between latents, one a row."""
+    neighbours: Made | None = None
+    """Samples, each with the photographs nearest to it, one a row."""
     notes: list[str] = field(default_factory=list)
     """What could not be read."""
 
     def column(self, key: str) -> list[Value]:
         """One number of every line of stats.jsonl; None where it is missing or not finite."""
-        return [_number(line.get(key)) for line in self.stats]
+        return numbers(self.stats, key)
+
+    @property
+    def seen(self) -> list[float]:
+        """Images seen at each line of stats.jsonl."""
+        return positions(self.stats)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings as nested texts: BaseLoader leaves 2e-4 and true as they were written."""
+        try:
+            config = yaml.load(self.config_text, Loader=yaml.BaseLoader)
+        except yaml.YAMLError as error:
+            return {"config.yaml": f"could not be read: {error}"}
+        return config if isinstance(config, dict) else {}
+
+    @property
+    def images_seen(self) -> Value:
+        seen = number(self.status.get("images_seen"))
+        return seen if seen is not None or not self.stats else number(self.stats[-1].get("images_seen"))
+
+
+def positions(rows: Sequence[dict[str, Any]]) -> list[float]:
+    """Images seen at each row of those that were read here, which all have it."""
+    return [float(row["images_seen"]) for row in rows]
+
+
+def numbers(rows: Sequence[dict[str, Any]], key: str) -> list[Value]:
+    """One number of every row; None where it is missing or not finite."""
+    return [number(row.get(key)) for row in rows]
+
+
+def check_run(run: Path) -> None:
+    """
+    Raises:
+        StorageError: not a run's folder.
+    """
+    if not run.is_dir():
+        raise StorageError(f"{run} must be the folder of a run, found {'a file' if run.exists() else 'nothing'}")
+    if not any((run / name).exists() for name in ("status.json", "config.yaml", "stats.jsonl")):
+        raise StorageError(f"{run} holds no run: no status.json, config.yaml or stats.jsonl")
 
 
 def read_run(run: Path) -> Run:
@@ -67,19 +133,20 @@ def read_run(run: Path) -> Run:
     Raises:
         StorageError: not a run's folder, or a file of it is not what it should be.
     """
-    if not run.is_dir():
-        raise StorageError(f"{run} must be the folder of a run, found {'a file' if run.exists() else 'nothing'}")
-    if not any((run / name).exists() for name in ("status.json", "config.yaml", "stats.jsonl")):
-        raise StorageError(f"{run} holds no run: no status.json, config.yaml or stats.jsonl")
+    check_run(run)
     result = Run(
         name=run.resolve().name,
         status=_read_json(run / "status.json"),
         env=_read_json(run / "env.json"),
         config_text=_read_text(run / "config.yaml"),
-        stats=[],
     )
-    _read_stats(run / "stats.jsonl", result)
+    result.stats = _read_rising(run / "stats.jsonl", result)
+    result.metrics = _read_rising(run / "metrics.jsonl", result)
+    result.evaluation = _read_last(run / "evaluations.jsonl", result)
     _read_pictures(run / "samples", result)
+    result.samples = _read_made(run, "samples", result)
+    result.walks = _read_made(run, "walks", result)
+    result.neighbours = _read_made(run, "neighbours", result)
     return result
 
 
@@ -103,27 +170,56 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_stats(path: Path, run: Run) -> None:
+def _read_rising(path: Path, run: Run) -> list[dict[str, Any]]:
     """Lines with a rising images_seen; a running trainer's last line may be cut short, which is no fault."""
     lines = _read_text(path).splitlines()
     seen, bad = -1.0, 0
+    rows: list[dict[str, Any]] = []
     for i, line in enumerate(lines):
         try:
             value = json.loads(line)
         except json.JSONDecodeError:
             bad += i + 1 < len(lines)
             continue
-        images_seen = _number(value.get("images_seen")) if isinstance(value, dict) else None
+        images_seen = number(value.get("images_seen")) if isinstance(value, dict) else None
         if images_seen is None or images_seen <= seen:
             bad += 1
             continue
         seen = images_seen
-        run.stats.append(value)
+        rows.append(value)
     if bad:
         run.notes.append(f"{path.name}: {bad} of {len(lines)} lines were unreadable or out of order and are left out")
+    return rows
 
 
-def _number(value: object) -> Value:
+def _read_last(path: Path, run: Run) -> dict[str, Any]:
+    """The last line that is an object, empty where there is none; what follows it is told, but for a line cut short."""
+    lines = _read_text(path).splitlines()
+    for i, line in reversed(list(enumerate(lines))):
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            value = None
+        if isinstance(value, dict):
+            return value
+        if i + 1 < len(lines):
+            run.notes.append(f"{path.name}: line {i + 1} of {len(lines)} is unreadable and left out")
+    return {}
+
+
+def _read_made(run: Path, name: str, result: Run) -> Made | None:
+    """What report_looks.py or report_neighbours.py left under this name; None where there is none."""
+    facts = read_object(run / "report" / f"{name}.json")
+    picture = _open(run / "report" / f"{name}.png", result) if facts else None
+    if picture is None:
+        return None
+    rows = int(number(facts.get("rows")) or 1)
+    height = (picture.height + GAP) // rows
+    strips = [picture.crop((0, i * height, picture.width, (i + 1) * height - GAP)) for i in range(rows)]
+    return Made(facts, [_uri(_webp(strip, 1056, 88), "webp") for strip in strips])
+
+
+def number(value: object) -> Value:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)

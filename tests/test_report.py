@@ -23,6 +23,12 @@ from pipeline.report_run import MOST_FRAMES, read_run
 
 CONFIG = "data:\n  dataroot: photos/faces.zip\n  image_size: 8\nlog:\n  grid_size: 9\noptim:\n  lr: 2e-4\n"
 VOID = {"meta", "img", "input", "path", "line"}
+EVALUATIONS = [
+    {"images_seen": 1000 * (i + 1), "num_images": 500, "seconds": 2.5, "swd": swd, "swd_16": swd + 1, "swd_8": swd - 1}
+    | {"ms_ssim": 0.4, "ms_ssim_real": 0.3, "fid": 10 * swd, "precision": 0.5, "recall": 0.25, "best": i in (0, 1)}
+    for i, swd in enumerate((30.0, 20.0, 25.0))
+]
+"""As metrics.jsonl has them; the second is the best."""
 
 
 class Page(HTMLParser):
@@ -81,6 +87,10 @@ def make_run(run: Path, *, stats: int = 0, grids: int = 0, side: int = 8, **stat
     for i in range(grids):
         save_png(grid(noise(9, side)), run / "samples" / f"fakes-{1000 * i:09d}.png")
     return run
+
+
+def add_metrics(run: Path, rows: list[dict]) -> None:
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read(run: Path) -> tuple[str, Page]:
@@ -188,7 +198,7 @@ def test_many_lines_and_many_large_pictures_stay_a_small_file(tmp_path: Path) ->
         (run / "samples" / f"fakes-{50_000 + i:09d}.png").write_bytes(big)
     save_png(to_image(noise(1, 700)[0]), run / "samples" / "reals.png")
     path = write_report(run)
-    assert path.stat().st_size < 8_000_000
+    assert path.stat().st_size < 3_000_000
     text = path.read_text(encoding="utf-8")
     assert text.count("data-images=") == MOST_FRAMES
     assert "After 50,039 images" in text
@@ -219,7 +229,7 @@ def test_axes_have_round_numbers() -> None:
 def test_a_lone_spike_does_not_press_the_curve_flat() -> None:
     values = [1.0 + 0.1 * math.sin(i) for i in range(400)]
     values[200] = 500.0
-    text = chart("t", list(range(400)), [Line(name="a", style="one", values=values)], Scale())
+    text = chart("t", [Line(name="a", style="one", xs=list(range(400)), values=values)], Scale())
     assert "The highest value, 500.00, lies above the frame." in text
 
 
@@ -232,6 +242,7 @@ def test_the_command_prints_the_path_or_one_line(tmp_path: Path, capfd) -> None:
     (tmp_path / "torn" / "status.json").write_text("{")
     for arguments, code, says in (
         ([], 2, "the following arguments are required: RUN"),
+        ([str(run), "--out", "page.html"], 2, "--out goes with several runs"),
         ([str(tmp_path / "missing")], 74, "found nothing"),
         ([str(tmp_path / "empty")], 74, "holds no run"),
         ([str(tmp_path / "torn")], 74, "status.json must be JSON"),
@@ -242,6 +253,105 @@ def test_the_command_prints_the_path_or_one_line(tmp_path: Path, capfd) -> None:
         assert err.count("\n") == 1
         assert says in err
     assert list((tmp_path / "empty").iterdir()) == []
+
+
+def charts(text: str) -> dict[str, dict]:
+    """What each chart tells the script, by the chart's name."""
+    found = re.findall(r'aria-label="([^"]*)">.*?<script type="application/json">(.*?)</script>', text, re.DOTALL)
+    return {name: json.loads(values) for name, values in found}
+
+
+def test_evaluations_become_curves_with_the_best_marked(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "measured", stats=3)
+    add_metrics(run, EVALUATIONS)
+    text, page = read(run)
+    drawn = charts(text)
+    swd = drawn["Sliced Wasserstein distance, and its levels"]
+    assert [line["y"] for line in swd["lines"]] == [[30, 20, 25], [31, 21, 26], [29, 19, 24]]
+    assert swd["lines"][0]["x"] == [1000, 2000, 3000]
+    assert drawn["FID"]["lines"][0]["y"] == [300, 200, 250]
+    assert len(drawn["Precision and Recall"]["lines"]) == 2
+    assert [line["y"][0] for line in drawn["MS-SSIM of pairs"]["lines"]] == [0.4, 0.3]
+    rings = re.findall(r'<path class="ring one" d="M([\d.]+) ([\d.]+)h0"/>', text)
+    assert rings[0] == ("666.7", "500.0")  # 2,000 of 3,000 images; 20 on an axis that ends at 40
+    assert len(rings) == 4, "SWD, FID, precision, MS-SSIM"
+    assert "kept as the best: SWD 20.00 after 2,000 images; the newest has 25.00 after 3,000 images" in page.text
+    assert "Of 500 pictures each time" in page.text
+    assert "MS-SSIM 0.400, pairs of photographs 0.300: the generator draws pictures that are more alike" in page.text
+
+
+def test_a_run_that_measures_nothing_says_how_to(tmp_path: Path) -> None:
+    _, page = read(make_run(tmp_path / "plain", stats=3))
+    assert "Not measured: --eval.every_images N measures while it trains" in page.text
+    assert page.text.count("Not made: the run has no checkpoint yet.") == 3  # samples, ways, neighbours
+
+
+def test_bad_lines_of_evaluations_are_told_and_missing_numbers_leave_gaps(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "odd", stats=3)
+    odd = [{**EVALUATIONS[0], "swd": None}, EVALUATIONS[1], {"images_seen": 2500}, {"images_seen": 3000, "swd": "12"}]
+    add_metrics(run, [*odd, *EVALUATIONS[:2]])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('[]\n{"images_seen": NaN}\n{"images_se')
+    (run / "evaluations.jsonl").write_text('{"swd": 9.5, "num_images": 50000}\nrubbish\n{"sw')
+    text, page = read(run)
+    swd = charts(text)["Sliced Wasserstein distance, and its levels"]
+    assert swd["lines"][0]["y"] == [None, 20, None, None]
+    assert "metrics.jsonl: 4 of 9 lines" in page.text
+    assert "evaluations.jsonl: line 2 of 3 is unreadable" in page.text
+    assert "SWD \u2193 9.50" in page.text
+    assert "num images 50000" in page.text
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_last_evaluation_is_a_table_with_what_makes_it_comparable(tmp_path: Path, nested: bool) -> None:
+    run = make_run(tmp_path / "evaluated", stats=3)
+    figures = {"fid": 21.4, "kid": 0.0123456, "recall": 0.25}
+    facts = {"images_seen": 4000, "num_images": 50_000, "crop": "64 x 64 <centre>", "extractor": {"name": "inception"}}
+    lines = [{"fid": 99.0}, facts | ({"metrics": figures} if nested else figures)]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = read(run)[1]
+    for words in ("FID \u2193 21.40", "KID \u2193 0.01235", "Recall \u2191 0.250", "crop 64 x 64 <centre>"):
+        assert words in page.text
+    for words in ("num images 50000", "images seen 4000", "extractor name inception"):
+        assert words in page.text
+    assert page.text.count("21.4") == 1
+    assert "99.0" not in page.text
+
+
+def test_an_early_end_is_told_and_the_usual_one_is_not(tmp_path: Path) -> None:
+    reason = "no better swd in 3 evaluation(s); best 11.9 after 20,000 images"
+    early = make_run(tmp_path / "early", state="finished", reason=reason, exit_code=0)
+    assert reason in read(early)[1].text
+    usual = make_run(tmp_path / "usual", state="finished", reason="all images seen", exit_code=0)
+    assert "all images seen" not in read(usual)[1].text
+
+
+def test_negative_losses_have_an_axis_of_their_own(tmp_path: Path) -> None:
+    xs = [100.0 * (i + 1) for i in range(20)]
+    line = Line(name="a", style="one", xs=xs, values=[float(3 - i) for i in range(20)])
+    text = chart("t", [line], Scale())
+    heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", text.split('class="plot"')[1])]
+    assert heights == sorted(heights)
+    assert (heights[0], heights[-1]) == (pytest.approx(1000 * 2 / 25), pytest.approx(1000 * 21 / 25))  # 5 to -20
+    shown = re.findall(r'<span style="bottom:([\d.]+)%">(-?\d+)</span>', text)
+    assert shown == [
+        ("0.00", "-20"),
+        ("20.00", "-15"),
+        ("40.00", "-10"),
+        ("60.00", "-5"),
+        ("80.00", "0"),
+        ("100.00", "5"),
+    ]
+
+
+def test_curves_of_other_lengths_share_the_axis() -> None:
+    long = Line(name="long", style="one", xs=[0, 100, 200], values=[1.0, 2.0, 3.0])
+    short_one = Line(name="short", style="two", xs=[50], values=[3.0], best=0)
+    text = chart("t", [long, short_one], Scale())
+    assert 'class="one" d="M0.0 666.7L500.0 333.3L1000.0 0.0"' in text
+    assert 'class="dot two" d="M250.0 0.0h0"' in text
+    assert 'class="ring two" d="M250.0 0.0h0"' in text
+    assert charts(text)["t"]["lines"] == [{"x": [0, 100, 200], "y": [1, 2, 3]}, {"x": [50], "y": [3]}]
 
 
 def test_an_older_report_stays_when_the_disk_refuses(tmp_path: Path, monkeypatch) -> None:
