@@ -1,6 +1,7 @@
 import io
 import json
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
+from pipeline import meters as measuring
 from pipeline.errors import StorageError
 from pipeline.loop import Maintenance
-from pipeline.meters import Log, Meters, Progress, keep_lines_up_to
+from pipeline.meters import Log, Meters, Progress, Timing, keep_lines_up_to, rows_up_to
 from pipeline.step import METERS
 
 ROW = {
@@ -119,6 +121,84 @@ def test_a_resumed_run_stands_once_in_its_curves_and_lines(tmp_path, resumed_at)
     expected = [n for n in (8, 16, 24, 32) if n <= resumed_at + 16]
     assert [json.loads(line)["images_seen"] for line in (tmp_path / "stats.jsonl").open()] == expected
     assert [step for step, _ in points(tmp_path, "Loss/D")] == expected
+
+
+def measure(run, seen, swd=12.5, images_seen=0, tracker=None):
+    stream = io.StringIO()
+    log = Log(run, Progress(images_seen, 400, 100), stream, tracker)
+    for count in seen:
+        row = {"images_seen": count, "num_images": 50, "seconds": 2.0, "swd": swd, "best": True}
+        log.measured(row, {"Metrics/swd": swd, "Timing/evaluation_s": 2.0}, f"metrics: swd {swd}")
+    log.close()
+    return stream.getvalue()
+
+
+def test_an_evaluation_is_a_line_of_its_own_file_a_point_of_its_curves_and_a_line_for_a_person(tmp_path):
+    assert measure(tmp_path, [8]) == "metrics: swd 12.5\n"
+    (row,) = rows_up_to(tmp_path / "metrics.jsonl")
+    assert row == {"images_seen": 8, "num_images": 50, "seconds": 2.0, "swd": 12.5, "best": True}
+    assert points(tmp_path, "Metrics/swd") == [(8, 12.5)]
+    assert not (tmp_path / "stats.jsonl").exists()
+
+
+def test_what_was_measured_after_a_checkpoint_is_taken_back_with_the_rest(tmp_path):
+    measure(tmp_path, [8, 16, 24])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"images_seen": 32, "sw')  # killed while writing
+    measure(tmp_path, [24], swd=7.0, images_seen=16)
+    assert [(row["images_seen"], row["swd"]) for row in rows_up_to(tmp_path / "metrics.jsonl")] == [
+        (8, 12.5), (16, 12.5), (24, 7.0),
+    ]  # fmt: skip
+    assert points(tmp_path, "Metrics/swd") == [(8, 12.5), (16, 12.5), (24, 7.0)]
+
+
+def test_a_figure_that_is_no_number_is_null_in_the_file_and_a_gap_for_tensorboard_and_the_tracker(tmp_path):
+    class Tracker:
+        sent: ClassVar[list[tuple[dict[str, float], int]]] = []
+
+        def log(self, values, images_seen):
+            self.sent.append((values, images_seen))
+
+        def news(self):
+            return ["from afar"]
+
+        def close(self):
+            return []
+
+    said = measure(tmp_path, [8], swd=math.nan, tracker=Tracker())
+    assert rows_up_to(tmp_path / "metrics.jsonl")[0]["swd"] is None
+    assert Tracker.sent == [({"Timing/evaluation_s": 2.0}, 8)]
+    assert "from afar" in said
+    measure(tmp_path, [16], images_seen=8)
+    assert points(tmp_path, "Metrics/swd") == [(16, 12.5)]
+
+
+@pytest.mark.parametrize("garbage", ["[1]", "null", '{"swd": 3}', '{"images_seen": "many"}', "{"])
+def test_rows_end_where_a_line_is_none(tmp_path, garbage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"images_seen": 8}\n' + garbage + '\n{"images_seen": 16}\n')
+    assert rows_up_to(path) == [{"images_seen": 8}]
+    assert rows_up_to(path, 7) == rows_up_to(tmp_path / "none.jsonl") == []
+
+
+def test_what_is_no_training_lowers_no_rate_but_counts_as_time(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock[0])
+
+    class Feed:
+        wait_s = 0.0
+
+    timing = Timing(Feed(), elapsed_before=5.0)
+    clock[0] += 3
+    with timing.paused():
+        clock[0] += 60
+    clock[0] += 1
+    Feed.wait_s = 2.0
+    rates = timing.read(80, 2)
+    assert (rates["images_per_s"], rates["images_per_s_rank"], rates["data_wait_percent"]) == (20, 10, 50)
+    assert rates["elapsed_s"] == 69
+    clock[0] += 2
+    assert timing.read(80, 2)["images_per_s"] == 40, "the next row begins where this one ended"
 
 
 def test_pictures_reach_tensorboard(tmp_path):

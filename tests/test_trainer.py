@@ -68,6 +68,15 @@ def test_a_limit_that_is_reached_in_the_last_step_is_no_preemption(train):
     assert train(train__max_images=4, train__max_minutes=0.0001)[0] == 0
 
 
+def test_ds_own_learning_rate_stands_in_every_row_where_it_has_one(train, tmp_path):
+    assert train(optim__lr=2e-4, optim__lr_d=5e-5, train__max_images=8)[0] == 0
+    assert [(r["learning_rate"], r["learning_rate_d"]) for r in rows(tmp_path / "run/stats.jsonl")] == [
+        (2e-4, 5e-5)
+    ] * 2
+    assert train("one", train__max_images=8)[0] == 0
+    assert all("learning_rate_d" not in row for row in rows(tmp_path / "one/stats.jsonl"))
+
+
 def test_watching_for_numbers_that_are_not_finite_changes_no_bit_of_a_healthy_run(train, tmp_path):
     for guarded in ("true", "false"):
         assert train(guarded, watch__skip_non_finite=guarded)[0] == 0

@@ -136,6 +136,18 @@ def test_a_watch_that_is_closed_or_switched_off_leaves_no_thread(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_beat_may_ask_for_patience_and_the_next_one_ends_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch.faulthandler, "dump_traceback_later", lambda *_, **__: None)  # it would end this process
+    ended = threading.Event()
+    monkeypatch.setattr(HangWatch, "_end", lambda *_: ended.set())
+    hang = HangWatch(0.02, tmp_path, 0, print)
+    hang.beat(1000)
+    assert not ended.wait(0.3), "fifteen times as long as a step may take"
+    hang.beat()
+    assert ended.wait(60)
+    hang.close()
+
+
 HANGS = """
 import sys, threading
 from pathlib import Path

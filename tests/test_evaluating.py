@@ -1,0 +1,365 @@
+"""Evaluation while training: what is written and kept, when it ends a run, what a kill costs, that it changes nothing.
+
+Most runs here get their figures from a list, so that a test can say which checkpoint is to be the best.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+from pipeline import checkpoint as checkpoints
+from pipeline import distributed, evaluating
+from pipeline.checkpoint_writer import mark_best
+from pipeline.cli import train as command
+from pipeline.config import Config, EvalConfig, TrainConfig
+from pipeline.evaluating import Standing, due_at, in_words, keep_best, plan_in_words, standing_of
+from pipeline.loop import Maintenance
+from pipeline.watch import CollapseWatch, HangWatch
+from tests.commands import rows, status_of
+from tests.numbered import record_of, recorded, words, write_numbered
+from tests.players import assert_same
+
+IMAGES = 10
+BY_SWD = EvalConfig(every_images=8, num_images=8)
+
+
+def line(images_seen: int, swd: float | None, num_images: int = 8) -> dict[str, Any]:
+    return {"images_seen": images_seen, "num_images": num_images, "seconds": 1.0, "swd": swd}
+
+
+def stand(values: list[float | None], saved: tuple[int, ...] = (8, 16, 24, 32), cfg: EvalConfig = BY_SWD):
+    """Images seen of the best, and the evaluations since."""
+    found = standing_of([line(8 * (i + 1), v) for i, v in enumerate(values)], cfg, set(saved))
+    return found.best and found.best["images_seen"], found.since
+
+
+@pytest.mark.parametrize(
+    ("values", "best", "since"),
+    [
+        ([], None, 0),
+        ([5.0], 8, 0),
+        ([5.0, 3.0, 4.0], 16, 1),
+        ([5.0, 5.0], 8, 1),  # as good is not better
+        ([5.0, math.nan, 4.0], 24, 0),
+        ([None, None], None, 2),
+        ([math.inf, 9.0], 16, 0),
+    ],
+)
+def test_the_best_is_the_first_of_the_lowest_and_those_since_are_counted(values, best, since):
+    assert stand(values) == (best, since)
+
+
+def test_some_metrics_are_better_when_higher():
+    rows = [line(8, None) | {"recall": 0.2}, line(16, None) | {"recall": 0.4}, line(24, None) | {"recall": 0.3}]
+    cfg = EvalConfig(every_images=8, num_images=8, metrics=["recall"], best="recall")
+    found = standing_of(rows, cfg, {8, 16, 24})
+    assert found.best is rows[1]
+    assert found.since == 1
+
+
+def test_one_whose_checkpoint_is_gone_is_not_the_best_though_its_figure_is():
+    assert stand([5.0, 3.0, 4.0], saved=(8, 24)) == (24, 0)
+    assert stand([5.0, 3.0, 4.0], saved=(8,)) == (8, 2)
+    assert stand([5.0, 3.0], saved=()) == (None, 2)
+
+
+def test_figures_of_another_number_of_images_or_without_the_metric_count_for_nothing():
+    rows = [
+        line(8, 1.0, num_images=4),
+        {"images_seen": 16, "num_images": 8, "ms_ssim": 0.1},
+        line(24, 5.0),
+        line(32, 6.0),
+    ]
+    found = standing_of(rows, BY_SWD, {8, 16, 24, 32})
+    assert found.best is rows[2]
+    assert found.since == 1
+
+
+def test_patience_ends_a_run_once_so_many_in_a_row_were_no_better():
+    found = Standing("swd", line(20_000, 11.93), since=3)
+    assert found.enough(3) == "no better swd in 3 evaluation(s); best 11.93 after 20,000 images"
+    assert found.enough(2) == found.enough(3)
+    assert found.enough(4) == ""
+    assert found.enough(0) == ""
+    assert Standing("swd", None, since=9).enough(3) == "", "nothing to go back to"
+
+
+def test_an_evaluation_is_told_with_what_the_best_is():
+    best = line(8, 11.9) | {"ms_ssim": 0.3, "swd_16": 7.0, "best": True}
+    assert in_words(best, Standing("swd", best, 0)) == "metrics: swd 11.9 (the best so far)  ms_ssim 0.3"
+    other = line(16, 12.3456) | {"ms_ssim": None, "best": False}
+    assert in_words(other, Standing("swd", best, 1)) == "metrics: swd 12.35 (best 11.9 after 8 images)  ms_ssim -"
+
+
+@pytest.mark.parametrize("every", [4, 6, 8, 10, 16, 100])
+@pytest.mark.parametrize("steps", [1, 4, 5])
+def test_a_dry_run_counts_the_evaluations_that_the_loop_will_make(every, steps):
+    cfg = Config(train=TrainConfig(batch_size=8), eval=EvalConfig(every_images=every))
+    total = 8 * steps
+    entry = Maintenance(every, lambda _: None)
+    due = [seen for seen in range(8, total + 1, 8) if entry.due(seen - 8, seen, seen == total)]
+    assert [seen for seen in range(0, total + 1, 8) if due_at(cfg, seen, total)] == due
+    assert plan_in_words(cfg, total).startswith(f"{len(due)}, every {every:,} images and at the end")
+
+
+def test_a_mark_goes_with_its_checkpoint(tmp_path):
+    folder = checkpoints.folder_of(tmp_path, 8)
+    folder.mkdir(parents=True)
+    mark_best(tmp_path, folder)
+    keep_best(tmp_path, Standing("swd", None, 0))
+    assert checkpoints.best(tmp_path) == folder.name, "no figures, but it was marked once"
+    checkpoints.set_aside_after(tmp_path, 0)
+    keep_best(tmp_path, Standing("swd", None, 0))
+    assert checkpoints.best(tmp_path) == ""
+
+
+# Runs
+
+
+class Scripted:
+    """In the measurement's place: at each call the next of these figures, or what is raised or done."""
+
+    def __init__(self, *figures: Any) -> None:
+        self.figures = iter(figures)
+
+    def measure(self, generator: torch.nn.Module) -> dict[str, float]:
+        assert not generator.training
+        found = next(self.figures)
+        if isinstance(found, BaseException):
+            raise found
+        if callable(found):
+            found = found()
+        return {"swd": found, "ms_ssim": 0.5}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_numbered(tmp_path_factory.mktemp("evaluating") / "images", IMAGES)
+
+
+@pytest.fixture
+def train(images, tmp_path, capsys, monkeypatch):
+    """Calls the command on one rank with the figures that its evaluations are to find; exit code and what it said."""
+
+    def call(*figures: Any, run: str = "run", **settings: Any) -> tuple[int, str]:
+        settings = {"train__max_images": 32, "eval__every_images": 8, "eval__num_images": 8} | settings
+        capsys.readouterr()
+        with monkeypatch.context() as patch, recorded(tmp_path / f"{run}.jsonl"):
+            patch.setattr(
+                evaluating,
+                "open_evaluation",
+                lambda cfg, *_, **__: Scripted(*figures) if cfg.eval.every_images else None,
+            )
+            code = command.main(words(images, tmp_path / run, **settings))
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def saved(run: Path) -> list[int]:
+    return [checkpoints.count_of(p) for p in checkpoints.folders(run)]
+
+
+def figures_of(run: Path) -> list[tuple[int, float, bool]]:
+    return [(row["images_seen"], row["swd"], row["best"]) for row in rows(run / "metrics.jsonl")]
+
+
+def end_of(run: Path) -> checkpoints.State:
+    return checkpoints.load(checkpoints.newest(run))
+
+
+def board_of(run: Path) -> EventAccumulator:
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return events
+
+
+def test_each_evaluation_is_written_down_told_and_drawn_and_the_best_checkpoint_is_kept(train, tmp_path):
+    code, said = train(5.0, 3.0, math.nan, 4.0, checkpoint__every_images=4, checkpoint__keep=1)
+    run = tmp_path / "run"
+    assert code == 0
+    assert figures_of(run) == [(8, 5.0, True), (16, 3.0, True), (24, None, False), (32, 4.0, False)]
+    first = rows(run / "metrics.jsonl")[0]
+    assert first.keys() == {"images_seen", "num_images", "seconds", "swd", "ms_ssim", "best"}
+    assert first["num_images"] == 8
+    assert saved(run) == [16, 32], "the best and the newest"
+    assert checkpoints.chosen(run, "best").images_seen == 16
+    assert [text for text in said.splitlines() if text.startswith("metrics: ")] == [
+        "metrics: swd 5 (the best so far)  ms_ssim 0.5",
+        "metrics: swd 3 (the best so far)  ms_ssim 0.5",
+        "metrics: swd nan (best 3 after 16 images)  ms_ssim 0.5",
+        "metrics: swd 4 (best 3 after 16 images)  ms_ssim 0.5",
+    ]
+    status = status_of(run)
+    assert status["best"] == {"metric": "swd", "value": 3.0, "images_seen": 16}
+    assert (status["metrics"]["images_seen"], status["metrics"]["swd"]) == (32, 4.0)
+    board = board_of(run)
+    points = {
+        tag: [(e.step, e.value) for e in board.Scalars(f"Metrics/{tag}")] for tag in ("swd", "best_swd", "ms_ssim")
+    }
+    assert points["swd"] == [(8, 5.0), (16, 3.0), (32, 4.0)]
+    assert points["best_swd"] == [(8, 5.0), (16, 3.0), (24, 3.0), (32, 3.0)]
+    assert points["ms_ssim"] == [(n, 0.5) for n in (8, 16, 24, 32)]
+
+
+def test_tensorboards_table_of_runs_gets_settings_and_curves_in_the_same_folder(train, tmp_path):
+    assert train(5.0, 3.0, 6.0, 4.0, d_input__augment="[color, cutout]")[0] == 0
+    folder = tmp_path / "run" / "tensorboard"
+    assert all(path.is_file() for path in folder.iterdir()), "a folder of its own would be another run"
+    board = board_of(tmp_path / "run")
+    content = board.PluginTagToContent("hparams")
+    start = plugin_data_pb2.HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info
+    assert start.hparams["optim.lr"].number_value == 2e-4
+    assert start.hparams["d_input.augment"].string_value == "color, cutout"
+    assert start.hparams["precision"].string_value == "fp32"
+    assert start.hparams["data.image_size"].string_value == "16x16"
+    experiment = plugin_data_pb2.HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment
+    metrics = {each.name.tag for each in experiment.metric_infos}
+    assert {"Metrics/swd", "Metrics/best_swd", "Loss/D"} <= metrics
+    assert metrics <= set(board.Tags()["scalars"]), "each is a curve whose last point the table shows"
+
+
+def test_a_run_that_gets_no_better_ends_well_and_says_so_again_until_patience_is_raised(train, tmp_path):
+    settings = {"eval__patience": 2, "train__max_images": 40}
+    code, said = train(5.0, 3.0, 6.0, 4.0, **settings)
+    run = tmp_path / "run"
+    reason = "no better swd in 2 evaluation(s); best 3 after 16 images"
+    assert code == 0
+    assert said.splitlines()[-2].endswith(f" minutes: {reason}")
+    status = status_of(run)
+    assert (status["state"], status["exit_code"], status["reason"]) == ("finished", 0, reason)
+    assert (status["images_seen"], Path(status["checkpoint"]).name) == (32, "images-000000032")
+    assert (run / "samples" / "fakes-000000032.png").exists()
+    assert "_hparams_/session_start_info" in board_of(run).PluginTagToContent("hparams")
+
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    code, said = train(**settings)
+    assert code == 0
+    assert f"this run is finished: {reason}; raise --eval.patience to train on, or set it to 0" in said
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+    status = {key: value for key, value in status.items() if key != "state"}  # killed just before its end
+    (run / "status.json").write_text(json.dumps(status | {"state": "running", "reason": ""}))
+    assert train(**settings)[0] == 0
+    assert (status_of(run)["state"], status_of(run)["reason"]) == ("finished", reason)
+
+    code, said = train(9.0, **settings | {"eval__patience": 3})
+    assert code == 0
+    assert figures_of(run)[-1] == (40, 9.0, False)
+    assert status_of(run)["reason"] == "all images seen"
+    assert train(*[9.0] * 5, run="whole", **settings | {"eval__patience": 0})[0] == 0
+    assert_same(end_of(run), end_of(tmp_path / "whole"))
+
+
+class Killed(BaseException):
+    """As a kill would: nothing is saved or told after it."""
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_kill_in_an_evaluation_costs_its_figures_only_and_the_next_start_begins_with_them(train, tmp_path, at):
+    figures = [5.0, 3.0, 6.0, 4.0]
+    assert train(*figures, run="whole")[0] == 0
+    with pytest.raises(Killed):
+        train(*figures[: at - 1], Killed())
+    run = tmp_path / "run"
+    assert saved(run)[-1] == 8 * at, "the checkpoint comes first"
+    assert len(figures_of(run)) == at - 1
+    code, said = train(*figures[at - 1 :])
+    assert code == 0
+    told = [text for text in said.splitlines() if text.startswith(("metrics", "images "))]
+    assert told[0].startswith("metrics: ")
+    assert figures_of(run) == figures_of(tmp_path / "whole")
+    assert checkpoints.best(run) == checkpoints.best(tmp_path / "whole")
+    assert record_of(tmp_path / "run.jsonl") == record_of(tmp_path / "whole.jsonl"), "no step twice"
+    assert_same(end_of(run), end_of(tmp_path / "whole"))
+    assert [row["images_seen"] for row in rows(run / "stats.jsonl")] == list(range(4, 33, 4))
+    assert "this run is finished" in train()[1]
+
+
+def test_a_signal_during_an_evaluation_lets_it_end_and_then_stops(train, tmp_path):
+    def told_to_stop() -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 3.0
+
+    assert train(5.0, told_to_stop)[0] == 75
+    run = tmp_path / "run"
+    assert figures_of(run) == [(8, 5.0, True), (16, 3.0, True)]
+    # The vote of the next step hears of it, and the one after reads that vote.
+    assert saved(run) == [8, 16, 24]
+    assert train(6.0, 4.0)[0] == 0
+    assert figures_of(run) == [(8, 5.0, True), (16, 3.0, True), (24, 6.0, False), (32, 4.0, False)]
+
+
+def test_going_back_takes_figures_back_and_the_next_best_counts(train, tmp_path, monkeypatch):
+    look, told = CollapseWatch.look, []
+
+    def collapses_once(self: CollapseWatch, row: dict[str, Any], images: int) -> str:
+        bad = row["images_seen"] > 16 and not told
+        news = look(self, row | {"loss_d": 0.0 if bad else 1.0}, images)
+        told.extend([news] if news else [])
+        return news
+
+    monkeypatch.setattr(CollapseWatch, "look", collapses_once)
+    status: list[Any] = []
+
+    def after_the_way_back() -> float:
+        status.append((status_of(tmp_path / "run"), checkpoints.best(tmp_path / "run")))
+        return 4.0
+
+    settings = {"watch__on_collapse": "rollback", "watch__min_diversity": 0, "watch__collapse_images": 12}
+    code, _ = train(5.0, 6.0, 1.0, after_the_way_back, 7.0, checkpoint__keep=99, **settings)
+    assert code == 0
+    run = tmp_path / "run"
+    assert (run / "checkpoints/images-000000024.abandoned").is_dir(), "what was the best"
+    ((back, mark),) = status
+    assert back["best"] == {"metric": "swd", "value": 5.0, "images_seen": 8}
+    assert back["metrics"]["images_seen"] == 16
+    assert mark == "images-000000008"
+    assert figures_of(run) == [(8, 5.0, True), (16, 6.0, False), (24, 4.0, True), (32, 7.0, False)]
+    assert checkpoints.chosen(run, "best").images_seen == 24
+
+
+def test_no_checkpoint_of_a_step_that_was_not_finite_becomes_the_best(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("DCGAN_FAULT", "nan:0:3")
+    code, said = train(5.0, 1.0, 4.0, 6.0, checkpoint__every_images=8)
+    assert code == 0
+    assert said.count("no checkpoint after 16 images") == 1
+    assert figures_of(tmp_path / "run") == [(8, 5.0, True), (16, 1.0, False), (24, 4.0, True), (32, 6.0, False)]
+
+
+def test_an_evaluation_may_take_as_long_as_the_start_and_is_no_hang(train, monkeypatch):
+    limits: list[int] = []
+    beats: list[float] = []
+    during: list[tuple[int, float]] = []
+    monkeypatch.setattr(distributed, "set_timeout", limits.append)
+    monkeypatch.setattr(HangWatch, "beat", lambda _, patience_s=0.0: beats.append(patience_s))
+
+    def slow() -> float:
+        during.append((limits[-1], beats[-1]))
+        return 5.0
+
+    settings = {"distributed__start_timeout_s": 1234, "distributed__step_timeout_s": 56, "train__max_images": 16}
+    assert train(slow, slow, **settings)[0] == 0
+    assert during == [(1234, 1234), (1234, 1234)]
+    assert limits == [56, 1234, 56, 1234, 56]
+    assert beats[-1] == 0
+
+
+def test_a_dry_run_tells_what_will_be_measured(images, tmp_path, capsys):
+    settings = {"train__max_images": 32, "eval__every_images": 12, "eval__num_images": 8, "eval__patience": 3}
+    assert command.main([*words(images, tmp_path / "run", **settings), "--dry-run"]) == 0
+    (told,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("evaluations ")]
+    assert told.split(maxsplit=1)[1] == (
+        "3, every 12 images and at the end: swd, ms_ssim of 8 images; the best by swd is kept, "
+        "3 without a better one end the run"
+    )
