@@ -234,6 +234,15 @@ def test_the_four_are_the_papers_definitions_in_blocks_of_any_size(monkeypatch: 
         assert precision_recall_density_coverage(real, fake, block=block) == pytest.approx(expected, abs=FLOAT64)
 
 
+def test_a_ball_has_its_border_for_precision_and_recall_only() -> None:
+    """Counted by hand: real balls reach 10, 10 and 20 far, fake ones 30, 30 and 80."""
+    real, fake = torch.tensor([[0.0], [10.0], [30.0]]), torch.tensor([[20.0], [-10.0], [100.0]])
+    measured = precision_recall_density_coverage(real, fake, neighbours=1, density_neighbours=1)
+    assert measured == pytest.approx({"precision": 2 / 3, "recall": 1, "density": 1 / 3, "coverage": 1 / 3})
+    turned = precision_recall_density_coverage(fake, real, neighbours=1, density_neighbours=1)
+    assert turned == pytest.approx({"precision": 1, "recall": 2 / 3, "density": 2, "coverage": 1})
+
+
 def test_precision_and_recall_are_torch_fidelitys() -> None:
     real, fake = vectors(300, 12, seed=1), vectors(200, 12, seed=2, shift=0.1)
     expected = prc_features_to_metric(fake.double(), real.double(), verbose=False)
