@@ -23,7 +23,7 @@ import platform
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -78,15 +78,15 @@ class Cached:
     """The file."""
 
 
-def _decoder_name(decoder: Decoder, device: torch.device) -> str:
-    """DALI on a GPU decodes with other hardware than on the CPU, to slightly other pixels."""
+def decoder_name(decoder: Decoder, device: torch.device) -> str:
+    """What pixels go by: DALI on a GPU decodes with other hardware than on the CPU, to slightly other pixels."""
     return "dali-gpu" if decoder == "dali" and device.type == "cuda" else decoder
 
 
 def cache_file(folder: Path, cfg: DataConfig, fingerprint: str, decoder: Decoder, device: torch.device) -> Path:
     """Where the decoded images of this dataset, geometry and decoder lie, or would."""
     shape = "x".join(map(str, window_shape(cfg)))
-    return folder / f"decoded-{fingerprint[:16]}-{shape}-{_decoder_name(decoder, device)}.u8"
+    return folder / f"decoded-{fingerprint[:16]}-{shape}-{decoder_name(decoder, device)}.u8"
 
 
 def cache_kind(
@@ -179,7 +179,7 @@ def build_cache(
         "format": FORMAT,
         "shape": list(shape),
         "fingerprint": dataset.index.fingerprint,
-        "decoder": _decoder_name(decoder, device),
+        "decoder": decoder_name(decoder, device),
         "jpeg_fancy_upsampling": cfg.jpeg_fancy_upsampling or decoder == "pillow",
     }
     bad_lists = [partial.with_suffix(f".{rank}.replaced") for rank in range(local_world_size)]
@@ -251,7 +251,8 @@ def _fill(
 ) -> None:
     """Decode items start..stop - 1 into their rows."""
     done = start
-    for windows in _windows(start, stop, cfg, samples, decoder, device, threads):
+    items = [np.arange(i, min(i + _BATCH, stop)) for i in range(start, stop, _BATCH)]
+    for windows in decoded_windows(items, cfg, samples, decoder, device, threads):
         check_share(cfg, samples.replaced, len(samples.dataset))  # where the disk is gone, not only at the end
         out[done : done + len(windows)] = windows
         done += len(windows)
@@ -259,15 +260,26 @@ def _fill(
             progress(done - start, stop - start)
 
 
-def _windows(
-    start: int, stop: int, cfg: DataConfig, samples: Samples, decoder: Decoder, device: torch.device, threads: int
+def decoded_windows(
+    items: Sequence[np.ndarray],
+    cfg: DataConfig,
+    samples: Samples,
+    decoder: Decoder,
+    device: torch.device,
+    threads: int,
 ) -> Iterator[Pixels]:
-    items = [np.arange(i, min(i + _BATCH, stop)) for i in range(start, stop, _BATCH)]
+    """The windows of each batch of items, (N, H + m, W + m, C) uint8 on the CPU, before their random part.
+
+    Raises:
+        DataError: no file of the dataset is good any more.
+    """
     if decoder == "dali":
         from pipeline.decode.dali import DaliDecoder
 
         nothing = Parameters(None, None, None, None)
-        dali = DaliDecoder(cfg, samples, device=device, threads=threads, max_batch=_BATCH, augmented=False)
+        dali = DaliDecoder(
+            cfg, samples, device=device, threads=threads, max_batch=max(map(len, items), default=1), augmented=False
+        )
         with contextlib.closing(dali):
             for output in dali.images((batch, nothing) for batch in items):
                 yield torch.from_dlpack(output).cpu().numpy()

@@ -32,9 +32,13 @@ class Stream(IntEnum):
     FIXED_LATENT = 3
     SAMPLE_LATENT = 4
     RECALIBRATE_LATENT = 5
+    EVALUATION_LATENT = 6
     DIFFAUGMENT = 7
     INSTANCE_NOISE = 8
     PENALTY = 9
+    SWD_PATCH = 10
+    SWD_DIRECTION = 11
+    NEIGHBOUR = 12
 
 
 def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:

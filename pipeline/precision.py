@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -74,3 +76,14 @@ def dtype_of(precision: Precision) -> torch.dtype:
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager:
     """The context in which the networks run: weights stay float32, convolutions are done in `precision`."""
     return torch.autocast(device.type, dtype_of(precision), enabled=precision in ("bf16", "fp16"))
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """No TF32, which a run may have switched on: its 10-bit mantissas would make a run's precision part of its FID."""
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from pipeline.config import ConfigError
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,11 +40,35 @@ def at_least(least: int) -> Callable[[str], int]:
     return integer
 
 
+def device_of(name: str) -> torch.device:
+    """The device that --device means; auto: a GPU where there is one.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    import torch  # not needed by all commands, and slow to come
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises depends on its build
+        raise ConfigError(f"--device must be a device of this machine, got {name!r}") from error
+    if device.type == "meta":
+        raise ConfigError("--device must be a device of this machine, got 'meta'")
+    return device
+
+
 def run(name: str, body: Callable[[], None]) -> int:
-    """The body's exit code: 0, or the error's own after one line `name: error: ...` on stderr."""
+    """The body's exit code: 0, or the error's own after one line `name: error: ...` on stderr.
+
+    Of an error that every rank under torchrun raises alike, rank 0 prints it.
+    """
     try:
         body()
     except (ConfigError, UserError) as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if not error.shared or int(os.environ.get("RANK", 0)) == 0:
+            print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     return 0

@@ -8,10 +8,8 @@ Legend: N images, H x W pixels.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.config import ConfigError
 from pipeline.errors import DataError
+from pipeline.precision import full_float32
 
 DEFAULT_NAME = "inception-2015-12-05.pth"
 """The weights' file in the cache folder, where eval.inception_weights names no other."""
@@ -82,7 +81,7 @@ class InceptionFeatures:
         assert images.ndim == 4, images.shape
         assert images.shape[3] == 3, images.shape
         parts = []
-        with torch.autocast(self._device.type, enabled=False), _full_float32():
+        with torch.autocast(self._device.type, enabled=False), full_float32():
             for part in images.split(_BATCH):
                 parts.append(self._network(part.to(self._device).permute(0, 3, 1, 2)))
         features, logits = zip(*parts, strict=True)
@@ -117,14 +116,3 @@ def _read(weights: Path, sha256: str) -> dict[str, Tensor]:
         raise DataError(f"Inception's weights are missing: get {SOURCE} and put it at {weights}") from error
     except OSError as error:
         raise DataError(f"cannot read Inception's weights at {weights}: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
-    """No TF32, which a run may have switched on: its 10-bit mantissas would make a run's precision part of its FID."""
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
