@@ -345,11 +345,11 @@ class Attempt:
 
     @contextlib.contextmanager
     def _apart_from_training(self) -> Iterator[None]:
-        """What happens meanwhile may take as long as the start may: it lowers no images/s, and nobody takes a rank
-        that is long about it for one that hangs."""
+        """What happens meanwhile lowers no images/s; ranks wait for each other as long as at the start, and one that is
+        long about it is not taken for one that hangs."""
         distributed.set_timeout(self.cfg.distributed.start_timeout_s)
         if self._has_stepped:
-            self.hang.beat(self.cfg.distributed.start_timeout_s)
+            self.hang.beat(evaluating.patience_s(self.cfg))
         with self.timing.paused():
             yield
         if self._has_stepped:

@@ -23,7 +23,7 @@ from pipeline.decode import Decoder
 from pipeline.distributed import Ranks
 from pipeline.index import Dataset
 from pipeline.loop import Maintenance
-from pipeline.meters import METRICS_FILE, Log, rows_up_to
+from pipeline.meters import METRICS_FILE, Log, rows_up_to, write_rows
 from pipeline.resume import value_of
 from pipeline.runfolder import RunFolder
 from pipeline.samples import Samples
@@ -41,6 +41,8 @@ _COMPARED = (
     "data.flip", "run.seed",
 )  # fmt: skip
 """Settings that a table of runs compares, beside image size, precision and ranks."""
+_IMAGE_S = 0.5
+"""Seconds that no evaluation takes for each of its images, on however slow a machine; one that does hangs."""
 
 
 def open_evaluation(
@@ -84,6 +86,11 @@ def measured(evaluation: Evaluation, players: Players, cfg: Config, images_seen:
     values = evaluation.measure(recalibrated(average_of(players, cfg), cfg.model.nz))
     row = {"images_seen": images_seen, "num_images": cfg.eval.num_images}
     return row | {"seconds": round(time.perf_counter() - begun, 3)} | values
+
+
+def patience_s(cfg: Config) -> float:
+    """Seconds after which an evaluation is taken for one that hangs."""
+    return cfg.distributed.start_timeout_s + _IMAGE_S * cfg.eval.num_images
 
 
 @dataclass(frozen=True)
@@ -157,10 +164,20 @@ def keep_best(run: Path, found: Standing) -> None:
 
 
 def recall(cfg: EvalConfig, folder: RunFolder) -> None:
-    """Rank 0, when training begins: the best by these settings, and without what came after the checkpoint."""
-    found = standing(folder.path, cfg)
+    """Rank 0, when training begins: the best by these settings, and without what came after the checkpoint.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    path = folder.path / METRICS_FILE
+    rows = rows_up_to(path)
+    saved = {count_of(folder) for folder in folders(folder.path)}
+    found = standing_of(rows, cfg, saved)
     keep_best(folder.path, found)
-    folder.update(**status_of(rows_up_to(folder.path / METRICS_FILE), found))
+    called_best = next((row for row in reversed(rows) if row.get("best")), None)
+    if called_best is not found.best:  # whose checkpoint is gone, or which other settings chose
+        write_rows(path, [row | {"best": row is found.best} for row in rows])
+    folder.update(**status_of(rows, found))
 
 
 def note(row: dict[str, Any], cfg: EvalConfig, folder: RunFolder, log: Log) -> str:

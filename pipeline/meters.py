@@ -194,9 +194,17 @@ def rows_up_to(path: Path, images_seen: float = math.inf) -> list[dict[str, Any]
 def keep_lines_up_to(path: Path, images_seen: int) -> None:
     """Cut from such a file what came after a checkpoint, so that a resumed run does not stand twice in it."""
     if path.exists():
-        kept = [json.dumps(row) + "\n" for row in rows_up_to(path, images_seen)]
-        with written_aside(path) as aside:
-            aside.write_text("".join(kept))
+        write_rows(path, rows_up_to(path, images_seen))
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Such a file anew.
+
+    Raises:
+        StorageError: the disk refused; the former one stays.
+    """
+    with written_aside(path) as aside:
+        aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -23,11 +24,16 @@ from pipeline.checkpoint_writer import mark_best
 from pipeline.cli import train as command
 from pipeline.config import Config, EvalConfig, TrainConfig
 from pipeline.evaluating import Standing, due_at, in_words, keep_best, plan_in_words, standing_of
+from pipeline.index import open_dataset
 from pipeline.loop import Maintenance
+from pipeline.meters import write_rows
+from pipeline.runfolder import RunFolder
+from pipeline.sampling import recalibrated
 from pipeline.watch import CollapseWatch, HangWatch
 from tests.commands import rows, status_of
 from tests.numbered import record_of, recorded, words, write_numbered
 from tests.players import assert_same
+from tests.ranks import Launch, run_launches
 
 IMAGES = 10
 BY_SWD = EvalConfig(every_images=8, num_images=8)
@@ -121,6 +127,24 @@ def test_a_mark_goes_with_its_checkpoint(tmp_path):
     checkpoints.set_aside_after(tmp_path, 0)
     keep_best(tmp_path, Standing("swd", None, 0))
     assert checkpoints.best(tmp_path) == ""
+
+
+def test_when_training_begins_the_best_is_chosen_again_by_what_is_there(tmp_path):
+    """The best of two was set aside by a way back, the best before it pruned: the third is left."""
+    folder = RunFolder(tmp_path)
+    folder.prepare()
+    kept = [line(8, 5.0) | {"best": True}, line(12, 6.0) | {"best": False}]
+    write_rows(tmp_path / "metrics.jsonl", kept)
+    checkpoints.folder_of(tmp_path, 12).mkdir(parents=True)
+    mark_best(tmp_path, checkpoints.folder_of(tmp_path, 16))
+    evaluating.recall(BY_SWD, folder)
+    assert checkpoints.best(tmp_path) == "images-000000012"
+    assert figures_of(tmp_path) == [(8, 5.0, False), (12, 6.0, True)]
+    assert folder.status["best"] == {"metric": "swd", "value": 6.0, "images_seen": 12}
+    assert folder.status["metrics"]["images_seen"] == 12
+    before = (tmp_path / "metrics.jsonl").stat().st_mtime_ns
+    evaluating.recall(BY_SWD, folder)
+    assert (tmp_path / "metrics.jsonl").stat().st_mtime_ns == before
 
 
 # Runs
@@ -265,24 +289,26 @@ class Killed(BaseException):
     """As a kill would: nothing is saved or told after it."""
 
 
-@pytest.mark.parametrize("at", [2, 4])
-def test_a_kill_in_an_evaluation_costs_its_figures_only_and_the_next_start_begins_with_them(train, tmp_path, at):
+def test_a_kill_in_an_evaluation_costs_its_figures_only_and_the_next_start_begins_with_them(train, tmp_path):
     figures = [5.0, 3.0, 6.0, 4.0]
     assert train(*figures, run="whole")[0] == 0
-    with pytest.raises(Killed):
-        train(*figures[: at - 1], Killed())
     run = tmp_path / "run"
-    assert saved(run)[-1] == 8 * at, "the checkpoint comes first"
-    assert len(figures_of(run)) == at - 1
-    code, said = train(*figures[at - 1 :])
+    with pytest.raises(Killed):
+        train(5.0, Killed())
+    assert saved(run) == [8, 16], "the checkpoint comes first"
+    assert figures_of(run) == [(8, 5.0, True)]
+    with pytest.raises(Killed):  # once more, in the last one, after which no step is left to make
+        train(3.0, 6.0, Killed())
+    assert figures_of(run) == [(8, 5.0, True), (16, 3.0, True), (24, 6.0, False)]
+    code, said = train(4.0)
     assert code == 0
-    told = [text for text in said.splitlines() if text.startswith(("metrics", "images "))]
-    assert told[0].startswith("metrics: ")
+    assert "metrics: swd 4 (best 3 after 16 images)" in said
     assert figures_of(run) == figures_of(tmp_path / "whole")
     assert checkpoints.best(run) == checkpoints.best(tmp_path / "whole")
     assert record_of(tmp_path / "run.jsonl") == record_of(tmp_path / "whole.jsonl"), "no step twice"
     assert_same(end_of(run), end_of(tmp_path / "whole"))
     assert [row["images_seen"] for row in rows(run / "stats.jsonl")] == list(range(4, 33, 4))
+    assert status_of(run)["state"] == "finished"
     assert "this run is finished" in train()[1]
 
 
@@ -350,7 +376,7 @@ def test_an_evaluation_may_take_as_long_as_the_start_and_is_no_hang(train, monke
 
     settings = {"distributed__start_timeout_s": 1234, "distributed__step_timeout_s": 56, "train__max_images": 16}
     assert train(slow, slow, **settings)[0] == 0
-    assert during == [(1234, 1234), (1234, 1234)]
+    assert during == [(1234, 1234 + 8 * 0.5)] * 2, "half a second an image for both sides besides"
     assert limits == [56, 1234, 56, 1234, 56]
     assert beats[-1] == 0
 
@@ -363,3 +389,76 @@ def test_a_dry_run_tells_what_will_be_measured(images, tmp_path, capsys):
         "3, every 12 images and at the end: swd, ms_ssim of 8 images; the best by swd is kept, "
         "3 without a better one end the run"
     )
+    assert command.main([*words(images, tmp_path / "run", **settings | {"eval__num_images": 11}), "--dry-run"]) == 2
+    assert "eval.num_images must be at most the 10 images" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# With what really measures
+
+MEASURED = {"train__max_images": 24, "eval__every_images": 8, "eval__num_images": 8}
+
+
+def assert_nothing_changed(plain: Path, measured: Path) -> None:
+    assert_same(end_of(measured), end_of(plain))
+    losses = [[row["loss_d"] for row in rows(run / "stats.jsonl")] for run in (plain, measured)]
+    assert losses[0] == losses[1]
+    assert not (plain / "metrics.jsonl").exists()
+    found = rows(measured / "metrics.jsonl")
+    assert [row["images_seen"] for row in found] == [8, 16, 24]
+    assert all(0 < row["swd"] < math.inf and 0 <= row["ms_ssim"] <= 1 for row in found)
+    best = min(found, key=lambda row: row["swd"])
+    assert checkpoints.chosen(measured, "best").images_seen == best["images_seen"]
+
+
+def test_evaluation_changes_no_bit_of_training(images, tmp_path, monkeypatch):
+    """And what is told while training is what the checkpoint gives when it is opened again."""
+    plain, run = tmp_path / "plain", tmp_path / "measured"
+    assert command.main(words(images, plain, **MEASURED | {"eval__every_images": 0})) == 0
+    measured, calls = evaluating.measured, []
+
+    def with_random_states(*arguments: Any) -> dict[str, Any]:
+        before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+        found = measured(*arguments)
+        calls.append(torch.equal(torch.get_rng_state(), before[0]) and np.random.get_state()[1].tolist() == before[1])
+        return found
+
+    monkeypatch.setattr(evaluating, "measured", with_random_states)
+    assert command.main(words(images, run, **MEASURED)) == 0
+    assert calls == [True] * 3
+    assert_nothing_changed(plain, run)
+
+    _, config, _ = checkpoints.open_generator(run)
+    evaluation = evaluating.open_evaluation(
+        config, open_dataset(config.data), distributed.from_environment(), decoder="pillow", cached=None
+    )
+    assert evaluation
+    for row in rows(run / "metrics.jsonl"):
+        generator, _, _ = checkpoints.open_generator(checkpoints.folder_of(run, row["images_seen"]))
+        again = evaluation.measure(recalibrated(generator, config.model.nz))
+        assert {name: row[name] for name in again} == pytest.approx(again, rel=1e-6)
+
+
+def test_on_two_ranks_as_well_and_what_cannot_be_measured_both_tell_once(images, tmp_path, capfd):
+    plain, run, refused = (tmp_path / name for name in ("plain", "measured", "refused"))
+    settings = [(plain, {"eval__every_images": 0}), (run, {}), (refused, {"eval__num_images": IMAGES + 1})]
+    launches = [Launch(2, words(images, folder, **MEASURED | changed)) for folder, changed in settings]
+    assert run_launches(launches) == [[0, 0], [0, 0], [2, 2]]
+    assert_nothing_changed(plain, run)
+    said = capfd.readouterr().err
+    assert [text for text in said.splitlines() if "error" in text] == [
+        "train.py: error: eval.num_images must be at most the 10 images of data.dataroot, got 11"
+    ]
+    assert "Traceback" not in said
+    assert not (refused / "stats.jsonl").exists()
+    assert not (refused / "checkpoints").exists()
+
+
+def test_inceptions_weights_are_looked_at_before_training_begins(images, tmp_path, capsys):
+    weights = tmp_path / "inception.pth"
+    weights.write_text("something else")
+    wanted = {"eval__metrics": "[swd, fid]", "eval__inception_weights": weights}
+    assert command.main(words(images, tmp_path / "run", **MEASURED | wanted)) == 65
+    (told,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("train.py: error: ")]
+    assert str(weights) in told
+    assert not (tmp_path / "run" / "stats.jsonl").exists()

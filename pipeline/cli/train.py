@@ -97,6 +97,7 @@ def describe(options: Options) -> str:
     dataset = open_dataset(cfg.data)
     ranks = distributed.from_environment()
     plan = assembly.make_plan(cfg, dataset, ranks)
+    evaluating.open_evaluation(cfg, dataset, ranks, decoder=plan.decoder, cached=None)  # raises what training would
     world_size = ranks.world_size
     networks = sizes.networks_of(cfg)
     memory = sizes.memory_of(cfg, networks, plan.precision, cfg.per_rank(world_size))
