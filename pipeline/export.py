@@ -175,6 +175,8 @@ class Difference:
         return self.largest <= LARGEST_DIFFERENCE
 
     def __str__(self) -> str:
+        if self.uint8 and not self.largest:
+            return "no value of 255 differs"
         if self.uint8:
             return f"largest difference {self.largest:.0f} of 255, in {self.share:.4%} of the values"
         return f"largest difference {self.largest:.1e} of [-1, 1]"

@@ -108,7 +108,7 @@ def test_every_file_draws_what_the_generator_draws_at_any_batch(tmp_path, capsys
     out = tmp_path / "out"
     assert main([str(tmp_path / "run"), "--format", "all", "--output", output, "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert said.count("checked: read again, batches of 1, 3 and 17: largest difference") == 3
+    assert said.count("checked: read again, batches of 1, 3 and 17: ") == 3
     z = torch.randn(max(BATCHES), NZ)
     wanted = drawn(checkpoint, z)
     for name, draw in opened_plainly(out).items():
@@ -216,6 +216,12 @@ def test_a_file_that_draws_other_pictures_is_not_kept(tmp_path, capsys, monkeypa
 )
 def test_what_rounding_explains_is_harmless_and_nothing_else(difference, harmless):
     assert difference.harmless is harmless
+
+
+def test_a_difference_is_told_in_the_units_of_what_comes_out():
+    assert str(Difference(1.23e-6, 0.9, False)) == "largest difference 1.2e-06 of [-1, 1]"
+    assert str(Difference(1, 1e-5, True)) == "largest difference 1 of 255, in 0.0010% of the values"
+    assert str(Difference(0, 0, True)) == "no value of 255 differs"
 
 
 def test_pictures_of_nan_are_a_difference():
