@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline import checkpoint, philox
+from pipeline.checkpoint_writer import mark_best
 from pipeline.cli.sample import main
 from pipeline.config import Config, DataConfig, ModelConfig
 from pipeline.models import Generator
@@ -182,6 +184,69 @@ def test_single_files_are_the_grids_pictures(run: Path, tmp_path: Path) -> None:
             assert image.tobytes() == to_image(pixels).tobytes()
 
 
+def test_the_best_the_last_and_a_path_name_the_checkpoint(run: Path, tmp_path: Path) -> None:
+    source = tmp_path / "run"
+    shutil.copytree(run, source)
+    other = {"generator": Generator(NZ, 8, 3, 16, 16).state_dict(), "ema": {}}
+    newest = checkpoint.write(source, other, yaml.safe_dump(dataclasses.asdict(CONFIG)), {"images_seen": 1280})
+    mark_best(source, source / "checkpoints" / "images-000000640")
+    pictures = {}
+    for which in ("best", "last", str(newest), None):
+        options = ["--checkpoint", which] if which else []
+        out = tmp_path / "grid.png"
+        assert main([str(source), *options, "--num", "2", "--out", str(out)]) == 0
+        pictures[which] = out.read_bytes()
+    assert pictures["last"] == pictures[str(newest)] == pictures[None] != pictures["best"]
+
+
+def test_truncation_moves_every_picture_and_a_far_limit_none(run: Path, tmp_path: Path) -> None:
+    pictures = []
+    for options in ([], ["--truncation", "1e9"], ["--truncation", "0.5"]):
+        out = tmp_path / "grid.png"
+        assert main([str(run), "--num", "4", "--out", str(out), *options]) == 0
+        pictures.append(out.read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_photographs_stand_beside_what_comes_nearest_and_the_latents_are_kept(run: Path, tmp_path: Path, capfd) -> None:
+    photographs = [tmp_path / f"{name}.png" for name in "abc"]
+    for i, path in enumerate(photographs):
+        to_image(expected(run, 5, 3)[i]).save(path)
+    out = tmp_path / "found.png"
+    assert main([str(run), "--project", *map(str, photographs), "--steps", "20", "--out", str(out)]) == 0
+    said = capfd.readouterr().out
+    with np.load(tmp_path / "found.npz") as kept:
+        assert kept["photographs"].tolist() == [str(p) for p in photographs]
+        generator, _, _ = checkpoint.open_generator(run)
+        pictures = generate(recalibrated(generator, NZ), torch.from_numpy(kept["latents"]))
+        errors = (pictures.double() - expected(run, 5, 3).double()).abs().mean((1, 2, 3))
+        np.testing.assert_allclose(kept["errors"], errors, atol=0.1)
+        for path, error in zip(photographs, kept["errors"], strict=True):
+            assert f"{path}: off by {error:.1f} of 255" in said
+    pairs = torch.stack([expected(run, 5, 3), pictures], 1).flatten(0, 1)
+    with Image.open(out) as image:
+        shown = np.asarray(image).astype(int)
+    assert np.abs(shown - np.asarray(grid(pairs, columns=2))).max() <= 1
+    first = out.read_bytes()
+    assert main([str(run), "--project", *map(str, photographs), "--steps", "20", "--out", str(out)]) == 0
+    assert out.read_bytes() == first
+
+
+def test_arithmetic_shows_operands_means_and_the_sum(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sum.png"
+    assert main([str(run), "--arithmetic", "0,2 - 1 + 3,3", "--seed", "4", "--out", str(out)]) == 0
+    generator, _, _ = checkpoint.open_generator(run)
+    z = latents(4, Stream.SAMPLE_LATENT, 0, 4, NZ)
+    by_hand = torch.stack([(z[0] + z[2]) / 2, z[3], (z[0] + z[2]) / 2 - z[1] + z[3]])
+    wanted = [*expected(run, 4, 3)[[0, 2, 1]], *generate(recalibrated(generator, NZ), by_hand)]
+    with Image.open(out) as image:
+        pixels = torch.from_numpy(np.asarray(image).astype(np.uint8))
+    for picture in wanted:
+        corners = pixels.unfold(0, 16, 1).unfold(1, 16, 1)  # (y, x, C, 16, 16)
+        distances = (corners.int() - picture.permute(2, 0, 1).int()).abs().amax((2, 3, 4))
+        assert distances.min() <= 1  # another batch may round otherwise
+
+
 def test_walks_go_there_and_back(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "walk.gif"
     assert main([str(run), "--interpolate", "3", "--frames", "8", "--ms", "100", "--out", str(out)]) == 0
@@ -198,8 +263,10 @@ def test_walks_go_there_and_back(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        ([], 2, "either RUN or --checkpoint"),
-        (["RUN", "--checkpoint", "x"], 2, "either RUN or --checkpoint"),
+        ([], 2, "give RUN, or --checkpoint with"),
+        (["--checkpoint", "last"], 2, "give RUN, or --checkpoint with"),
+        (["RUN", "--checkpoint", "x"], 74, "x: no such run or checkpoint"),
+        (["RUN", "--checkpoint", "best"], 74, "has marked no checkpoint as its best"),
         (["missing"], 74, "missing: no such run"),
         (["RUN", "--num", "0"], 2, "--num: must be an integer of at least 1, got '0'"),
         (["RUN", "--num", "many"], 2, "got 'many'"),
@@ -212,6 +279,18 @@ def test_walks_go_there_and_back(run: Path, tmp_path: Path) -> None:
         (["RUN", "--interpolate", "2", "--single"], 2, "--single does not go with --interpolate"),
         (["RUN", "--ms", "50"], 2, "--ms goes with --interpolate only"),
         (["RUN", "--weights", "best"], 2, "invalid choice: 'best'"),
+        (["RUN", "--truncation", "0"], 2, "--truncation: must be a number above 0, got '0'"),
+        (["RUN", "--truncation", "nan"], 2, "got 'nan'"),
+        (["RUN", "--project", "face.jpg", "--truncation", "1"], 2, "--truncation does not go with --project"),
+        (["RUN", "--project", "face.jpg", "--arithmetic", "1"], 2, "--project does not go with --arithmetic"),
+        (["RUN", "--project", "face.jpg", "--num", "3"], 2, "--num does not go with --project"),
+        (["RUN", "--project", *["face.jpg"] * 65], 2, "at most 64 photographs, got 65"),
+        (["RUN", "--project", "face.jpg"], 65, "face.jpg: No such file"),
+        (["RUN", "--project", "full/a"], 65, "full/a is empty"),
+        (["RUN", "--steps", "5"], 2, "--steps goes with --project only"),
+        (["RUN", "--arithmetic", "0,1 - x"], 2, "--arithmetic must be like '0,3,5 - 1,2 + 7'"),
+        (["RUN", "--arithmetic", ""], 2, "--arithmetic must be like"),
+        (["RUN", "--arithmetic", "1", "--out", "a.gif"], 2, "--out must end in .png"),
         (["RUN", "--device", "abacus"], 2, "--device must be a device of this machine, got 'abacus'"),
     ],
 )
