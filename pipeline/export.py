@@ -280,6 +280,8 @@ def export(
     loaded, cfg, _ = open_generator(checkpoint.folder, weights=weights)
     if not all(bool(p.isfinite().all()) for p in loaded.parameters()):
         raise Diverged(f"{checkpoint.folder}: the generator's weights are not finite")
+    if not cfg.optim.ema_half_life_images:
+        weights = "live"  # of a run without an average these are all there is
     nz = cfg.model.nz
     generator = recalibrated(loaded, nz)
     layers = folded(generator)

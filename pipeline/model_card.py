@@ -81,6 +81,8 @@ class Measured:
     num_images: int
     crop: str
     resize: str
+    extractor: str
+    """The network that it looks through; a dash where there is none."""
 
     @property
     def better(self) -> str:
@@ -117,15 +119,19 @@ def measurements(checkpoint: Checkpoint, cfg: Config, weights: str) -> list[Meas
         return []
     while_training = _lines(run / "metrics.jsonl") if weights == "ema" or not cfg.optim.ema_half_life_images else []
     rows = [row for row in while_training if row.get("images_seen") == checkpoint.images_seen]
+    own = str(checkpoint.manifest.get("identity", {}).get("dataset", ""))[:12]
     for row in _lines(run / "evaluations.jsonl"):
-        if Path(str(row.get("checkpoint", ""))).name == checkpoint.folder.name and row.get("weights") == weights:
+        of_these = row.get("checkpoint") == checkpoint.folder.name and row.get("weights") == weights
+        if of_these and own in row.get("real", own):  # not those that were held against other photographs
             rows.append(row)
     for row in rows:
         for metric in METRICS:
             if isinstance(row.get(metric), int | float):
                 crop = str(row.get("crop", "the training crop"))
                 resize = str(row.get("resize", "as in training"))
-                found[metric] = Measured(metric, row[metric], int(row.get("num_images", 0)), crop, resize)
+                found[metric] = Measured(
+                    metric, row[metric], int(row.get("num_images", 0)), crop, resize, row.get("extractor") or "-"
+                )
     return [found[metric] for metric in METRICS if metric in found]
 
 
@@ -212,8 +218,6 @@ def _body(
     numbers = {"nz": cfg.model.nz, "channels": cfg.data.nc, "height": height, "width": width, "shape": shape}
     use = "\n\n".join(f"`{file}`:\n\n{_USE[file].format_map(numbers)}" for file in exported["files"])
     of_weights = "averaged over training (EMA)" if exported["weights"] == "ema" else "as training left them"
-    if exported["weights"] == "ema" and not cfg.optim.ema_half_life_images:
-        of_weights = "as training left them (this run kept no average)"
     data = [
         ("name", _plain(dataset_name(cfg))),
         ("photographs", f"{photographs:,}" if photographs else "not recorded with this checkpoint"),
@@ -230,8 +234,10 @@ def _body(
     ]
     quality = "Not measured: the run holds no evaluation of these weights."
     if measured:
-        rows = [(m.metric, f"{m.value:.4g}", m.better, f"{m.num_images:,}", m.crop, m.resize) for m in measured]
-        quality = _table(("metric", "value", "better", "images", "crop", "resize"), rows)
+        rows = [
+            (m.metric, f"{m.value:.4g}", m.better, f"{m.num_images:,}", m.crop, m.resize, m.extractor) for m in measured
+        ]
+        quality = _table(("metric", "value", "better", "images", "crop", "resize", "extractor"), rows)
         quality += "\n\nSuch figures compare only where crop, resize and number of images are the same."
     return f"""\
 # {name}

@@ -99,7 +99,7 @@ def whole(tmp_path_factory) -> tuple[Path, Path]:
     run = tmp_path_factory.mktemp("whole") / "run"
     checkpoint = write_run(run, config())
     assert main([str(run), "--format", "all"]) == 0
-    return checkpoint, run / "exports" / "images-000000040-ema"
+    return checkpoint, run / "exports" / "images-000000040"
 
 
 @pytest.mark.parametrize(("nc", "size", "output"), [(1, (32, 16), "float"), (4, (16, 24), "uint8")])
@@ -327,7 +327,11 @@ def test_the_card_says_what_was_learnt_from_what_and_how_good_these_weights_are(
     metrics = [{"images_seen": n, "num_images": 500, "swd": n / 10, "ms_ssim": 0.25} for n in (40, 80)]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)))
     evaluated = {"checkpoint": "images-000000080", "num_images": 5000, "crop": "centre 16 x 16", "resize": "linear"}
-    rows = [evaluated | {"weights": "ema", "fid": 31.4159, "swd": 7.5}, evaluated | {"weights": "live", "fid": 99.9}]
+    rows = [
+        evaluated | {"weights": "ema", "fid": 31.4159, "swd": 7.5, "extractor": "inception", "real": "of f00df00df00d"},
+        evaluated | {"weights": "live", "fid": 99.9, "extractor": "inception"},
+        evaluated | {"weights": "ema", "fid": 77.7, "extractor": "inception", "real": "of other photographs"},
+    ]
     (run / "evaluations.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     front, body = card_of(run, tmp_path / "out")
@@ -346,9 +350,9 @@ def test_the_card_says_what_was_learnt_from_what_and_how_good_these_weights_are(
         "| `data.flip` | `True` |",
         "| `loss.r1` | `2.5` |",
         "| `optim.lr` | `0.0002` |",
-        "| swd | 7.5 | lower | 5,000 | centre 16 x 16 | linear |",
-        "| ms_ssim | 0.25 | lower | 500 | the training crop | as in training |",
-        "| fid | 31.42 | lower | 5,000 | centre 16 x 16 | linear |",
+        "| swd | 7.5 | lower | 5,000 | centre 16 x 16 | linear | inception |",
+        "| ms_ssim | 0.25 | lower | 500 | the training crop | as in training | - |",
+        "| fid | 31.42 | lower | 5,000 | centre 16 x 16 | linear | inception |",
     ):
         assert line in body, line
     assert "`loss.kind`" in body
@@ -369,6 +373,16 @@ def test_a_card_of_weights_that_nobody_measured_says_so(tmp_path):
     assert "model-index" not in front
     assert "Not measured" in body
     assert "| photographs | not recorded with this checkpoint |" in body
+
+
+def test_a_run_without_an_average_exports_its_live_weights_and_says_so(tmp_path):
+    cfg = dataclasses.replace(config(), optim=OptimConfig(ema_half_life_images=0))
+    run = write_run(tmp_path / "run", cfg, 40).parent.parent
+    (run / "metrics.jsonl").write_text(json.dumps({"images_seen": 40, "num_images": 500, "swd": 3.5}))
+    _, body = card_of(run, tmp_path / "out")
+    assert "as training left them" in body
+    assert "| swd | 3.5 |" in body
+    assert json.loads((tmp_path / "out/config.json").read_text())["weights"] == "live"
 
 
 def test_a_name_with_markup_in_it_stays_a_name(tmp_path):

@@ -57,7 +57,7 @@ def _read(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="uint8",
         help="what .pt2 and .onnx give: (N, H, W, C) uint8, or (N, C, H, W) float32 in [-1, 1] [uint8]",
     )
-    add("--out", metavar="FOLDER", type=Path, help="where the files go [RUN/exports/CHECKPOINT-WEIGHTS]")
+    add("--out", metavar="FOLDER", type=Path, help="where the files go [RUN/exports/CHECKPOINT, with -live after it]")
     add("--overwrite", action="store_true", help="replace an older export in that folder")
     return parser.parse_args(arguments)
 
@@ -72,10 +72,9 @@ def _export(options: argparse.Namespace) -> None:
             )
     marked = (options.run / "checkpoints" / checkpoints.BEST).exists()
     checkpoint = checkpoints.chosen(options.run, options.checkpoint or ("best" if marked else "last"))
-    out = options.out
-    if out is None:
-        out = (run_of(checkpoint) or Path()) / "exports" / f"{checkpoint.folder.name}-{options.weights}"
+    name = checkpoint.folder.name + ("-live" if options.weights == "live" else "")
+    out = options.out or (run_of(checkpoint) or Path()) / "exports" / name
     check_target(out, overwrite=options.overwrite)
-    print(f"{checkpoint.folder}: {options.weights} weights after {checkpoint.images_seen:,} images")
+    print(f"{checkpoint.folder}: {checkpoint.images_seen:,} images seen")
     export(checkpoint, out, formats, weights=options.weights, output=options.output)
     print(f"{out}: with config.json, README.md (a model card) and sample.png")
