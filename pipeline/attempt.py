@@ -93,7 +93,7 @@ class Attempt:
         self.hosts = distributed.gather(socket.gethostname())
         self.vote = Vote(ranks.device, ranks.world_size)
         self.skips = SkipWatch(cfg.watch.max_skipped_steps)
-        self.collapse = CollapseWatch(cfg.watch)
+        self.collapse = CollapseWatch(cfg.watch, self.step.losses.least_d)
         self.own_time = OwnTime(ranks.device)
         self.step.before_backward = self.own_time.end
         self._slow: list[int] = []

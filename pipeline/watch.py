@@ -63,10 +63,16 @@ class SkipWatch:
 
 
 class CollapseWatch:
-    """Sees when D has won for good, or G draws one picture only.  Reads the means of a log row."""
+    """Sees when D has won for good, or G draws one picture only.  Reads the means of a log row.
 
-    def __init__(self, cfg: WatchConfig) -> None:
+    Args:
+        least_d: the least that D can pay with the run's loss (Losses.least_d), above which watch.min_loss_d counts;
+            minus infinity for a critic, whose loss tells nothing of who has won.
+    """
+
+    def __init__(self, cfg: WatchConfig, least_d: float = 0.0) -> None:
         self.cfg = cfg
+        self.least_d = least_d
         self._images = {"won": 0, "one": 0}
         """Images that each sign has held for without a break."""
         self._told: set[str] = set()
@@ -84,7 +90,7 @@ class CollapseWatch:
             images: since the row before.
         """
         signs = {
-            "won": ("loss_d", self.cfg.min_loss_d, "D has won: its loss is"),
+            "won": ("loss_d", self.least_d + self.cfg.min_loss_d, "D has won: its loss is"),
             "one": ("diversity", self.cfg.min_diversity, "G draws one picture: the diversity of its images is"),
         }
         news = []

@@ -26,9 +26,9 @@ TOLERANCE = {"fp32": 2e-4, "bf16": 2e-2}
 AS_CLOSE_AS_THE_TUTORIAL = 1.25
 
 
-def networks(seed: int = 0) -> tuple[Generator, Discriminator]:
+def networks(seed: int = 0, spectral_norm: bool = False) -> tuple[Generator, Discriminator]:
     random = torch.Generator().manual_seed(seed)
-    pair = Generator(NZ, WIDTH, 3, SIDE, SIDE), Discriminator(WIDTH, 3, SIDE, SIDE)
+    pair = Generator(NZ, WIDTH, 3, SIDE, SIDE), Discriminator(WIDTH, 3, SIDE, SIDE, spectral_norm=spectral_norm)
     for network in pair:
         initialise(network, random)
     return pair
@@ -89,12 +89,12 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
-def make_step(kind, pair, precision="fp32", joint=False, channels_last=True, half_life=0, **guard):
+def make_step(kind, pair, precision="fp32", joint=False, channels_last=True, half_life=0, optim=None, **options):
     if channels_last:
         pair = [n.to(memory_format=torch.channels_last) for n in pair]
-    cfg = OptimConfig(ema_half_life_images=half_life)
+    cfg = optim or OptimConfig(ema_half_life_images=half_life)
     players = make_players(*pair, cfg, lr=cfg.lr, precision=precision)
-    step = kind(players, precision, channels_last=channels_last, ema_half_life_images=half_life, joint=joint, **guard)
+    step = kind(players, precision, channels_last=channels_last, ema_half_life_images=half_life, joint=joint, **options)
     step.caught = {}
     for name in ("g", "d"):
         optimizer = getattr(players, f"optimizer_{name}")
@@ -247,8 +247,8 @@ class OneStatisticARank(nn.Module):
         return torch.cat([one(part) for one, part in zip(self.ranks, x.chunk(len(self.ranks)), strict=True)])
 
 
-def one_process(world_size: int):
-    pair = networks()
+def one_process(world_size: int, spectral_norm: bool):
+    pair = networks(spectral_norm=spectral_norm)
     for network in pair:
         for i, layer in enumerate(network.layers):
             if isinstance(layer, nn.BatchNorm2d):
@@ -256,9 +256,9 @@ def one_process(world_size: int):
     return pair
 
 
-def ranks_equal_the_oracle(ranks, joint):
-    oracle = make_step(FastStep, one_process(ranks.world_size))
-    step = make_step(FastStep, networks(), joint=joint)
+def ranks_equal_the_oracle(ranks, joint, kind=FastStep, spectral_norm=False, **options):
+    oracle = make_step(kind, one_process(ranks.world_size, spectral_norm), **options)
+    step = make_step(kind, networks(spectral_norm=spectral_norm), joint=joint, **options)
     for name in ("generator", "discriminator"):
         step.players.parallel[name] = wrap(getattr(step.players, name), ranks, DistributedConfig(bucket_cap_mb=0.01))
     shard = Slice(N, ranks.rank, ranks.world_size)
@@ -266,12 +266,13 @@ def ranks_equal_the_oracle(ranks, joint):
         pixels, latents = data(i)
         expected = oracle(pixels, latents, i * N, N)
         mine = slice(shard.rank * shard.per_rank, (shard.rank + 1) * shard.per_rank)
-        meters = step(pixels[mine], latents[mine], i * N, N)
+        meters = step(pixels[mine], latents[mine], i * N, N, torch.from_numpy(shard.numbers(i * N)))
         torch.distributed.all_reduce(meters)
         # How far images lie apart within a rank's share is less than within the whole batch; the rest are means.
         means, expected = (meters / ranks.world_size)[: len(TUTORIALS)], expected[: len(TUTORIALS)]
         assert torch.allclose(means, expected, rtol=1e-4, atol=1e-5), (i, means, expected)
-        for name in ("d", "g"):
+        assert step.caught.keys() == oracle.caught.keys()
+        for name in step.caught:
             assert relative(step.caught[name], oracle.caught[name]) < 2e-4, (i, name)
     # Statistics: this rank's are the oracle's group of the same number.
     for network in ("generator", "discriminator"):
