@@ -8,7 +8,7 @@ program of Karras et al. 2018, whose figures it shall compare with:
 - of an image's contrast term a negative mean counts as 0.
 
 At 64 x 64 and above there are the five scales of the paper with its weights.  A smaller image has as many of them as
-leave its shorter side at least 4 pixels, the finest first, with weights that add up to 1 again.
+leave its shorter side at least 4 pixels, the finest first, with weights brought to a sum of 1.
 
 Legend: N images or pairs, H x W pixels, C channels.
 """
@@ -38,12 +38,12 @@ _CHUNK = 32  # pairs at a time and thread
 
 
 def scale_weights(height: int, width: int) -> Array:
-    """The weight of each scale, finest first; they add up to 1."""
+    """The weight of each scale, finest first: all five as they stand in the paper, fewer brought to a sum of 1."""
     count = 1
     while count < len(WEIGHTS) and min(height, width) >> count >= LEAST_SIDE:
         count += 1
     weights = np.array(WEIGHTS[:count])
-    return weights / weights.sum()
+    return weights if count == len(WEIGHTS) else weights / weights.sum()
 
 
 def pairs(count: int) -> Array:
