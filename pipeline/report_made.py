@@ -152,8 +152,10 @@ def _neighbours(samples: Pixels, photographs: Photographs) -> tuple[Image.Image,
     """The samples that are nearest to a photograph, each in a row with its neighbours, and the distances of all."""
     found, yardstick = look_up(samples, photographs)
     suspects = np.argsort(found.distances[:, 0], kind="stable")[:SUSPECTS]
-    rows = [np.concatenate([samples[i : i + 1], photographs.take(found.items[i])]) for i in suspects]
-    picture = grid(torch.from_numpy(np.concatenate(rows)), 1 + found.items.shape[1])
+    count = found.items.shape[1]
+    theirs = photographs.take(found.items[suspects].ravel()).reshape(len(suspects), count, *samples.shape[1:])
+    rows = np.concatenate([samples[suspects, None], theirs], axis=1)
+    picture = grid(torch.from_numpy(rows.reshape(-1, *samples.shape[1:])), 1 + count)
     index = photographs.dataset
     return picture, {
         "rows": len(rows),

@@ -68,7 +68,8 @@ def _curves(run: Run) -> str:
     if "swd" in known:
         lines = [_line(run, "swd", named("swd"), "one", marked=True)]
         styles = ("two", "three", "four", "five")
-        lines += [_line(run, key, f"{key[4:]} px", style) for key, style in zip(levels, styles, strict=False)]
+        if len(levels) > 1:  # the only one of a small picture is the whole
+            lines += [_line(run, key, f"{key[4:]} px", style) for key, style in zip(levels, styles, strict=False)]
         shown.append(drawn("Sliced Wasserstein distance, and its levels", lines, scale_of("swd")))
     small = [
         drawn(
