@@ -137,14 +137,21 @@ class Recorder:
         """
         ratio = None if ratio_to_tutorial is None else estimate(ratio_to_tutorial)
         row: dict[str, Any] = {
-            "benchmark": self.benchmark,
             "variant": variant,
             "images_per_s": float(np.median(images_per_s)),
             "images_per_s_quartiles": quartiles(images_per_s),
             "ratio_to_tutorial": ratio and ratio.median,
             "ratio_interval": ratio and [ratio.low, ratio.high],
         }
-        row = _rounded(row | facts | self._facts)
+        return self.note(**row, **facts)
+
+    def note(self, **facts: Any) -> dict[str, Any]:
+        """A result line of these plain values and what the run ran on.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        row: dict[str, Any] = _rounded({"benchmark": self.benchmark} | facts | self._facts)
         self.rows.append(row)
         if self.folder is not None:
             path = self.folder / f"{self.benchmark}.jsonl"
