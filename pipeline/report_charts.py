@@ -43,7 +43,7 @@ class Scale:
     suffix: str = ""
     top: float | None = None
     guide: float | None = None
-    """A value worth a dashed line of its own."""
+    """A value worth a dashed line of its own, where the axis reaches it."""
     x_ticks: int = 6
     """Most numbers on the axis of images seen, beside 0."""
 
@@ -124,7 +124,7 @@ def chart(title: str, lines: Sequence[Line], scale: Scale, *, raw: bool = True) 
     right = max((line.xs[-1] for line in lines if line.xs), default=0.0) or 1.0
 
     drawn = [f'<line class="rule" x1="0" x2="{SIDE}" y1="{ends.y(t)}" y2="{ends.y(t)}"/>' for t in heights]
-    if scale.guide is not None:
+    if scale.guide is not None and ends.low <= scale.guide <= ends.top:
         y = ends.y(scale.guide)
         drawn.append(f'<line class="guide" x1="0" x2="{SIDE}" y1="{y}" y2="{y}"/>')
     for line, window in zip(lines, windows, strict=True):

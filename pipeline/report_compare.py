@@ -122,7 +122,7 @@ def _figures(runs: Sequence[Run]) -> str:
         row("Loss G, lately", lately("loss_g")),
         row("D(x), lately", lately("d_real", "{:.0f}%", 100)),
         row("D(G(z)), lately", lately("d_fake_before", "{:.0f}%", 100)),
-        row("Spread of the photographs', lately", lately("diversity", "{:.0f}%", 100)),
+        row("Spread against photographs, lately", lately("diversity", "{:.0f}%", 100)),
     ]
     for metric in _measured(runs):
         values = [last(numbers(run.metrics, metric)) for run in runs]
@@ -242,7 +242,7 @@ def _curves(runs: Sequence[Run]) -> str:
         ("Loss G", "loss_g", Scale(x_ticks=3), 1),
         ("D(x)", "d_real", shares, 100),
         ("D(G(z)) before", "d_fake_before", shares, 100),
-        ("Spread of the photographs'", "diversity", Scale(digits=0, suffix="%", guide=100, x_ticks=3), 100),
+        ("Spread against photographs", "diversity", Scale(digits=0, suffix="%", guide=100, x_ticks=3), 100),
         ("Images a second", "images_per_s", Scale(digits=0, x_ticks=3), 1),
     )
     charts = []

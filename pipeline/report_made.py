@@ -137,7 +137,7 @@ def _photographs(cfg: Config, found: Checkpoint, dataroot: str, at_end: bool) ->
     """
     settings = dataclasses.replace(cfg.data, dataroot=dataroot or cfg.data.dataroot)
     result = open_photographs(settings, torch.get_num_threads())
-    if result.dataset.fingerprint != found.manifest["identity"]["dataset"]:
+    if result.dataset.fingerprint != found.manifest["identity"].get("dataset"):
         raise UserError(f"{settings.dataroot} holds other photographs than those that the run was trained on")
     if len(result) < 2:
         raise UserError("one photograph has no other one to be compared with")

@@ -123,12 +123,12 @@ def _evaluation(row: Mapping[str, Any]) -> str:
     metrics = [m for m in METRICS if number(figures.get(m)) is not None]
     if not metrics:
         return ""
-    values = "".join(
-        f"<tr><th>{escape(named(m))}</th><td>{value_text(m, number(figures[m]))}</td></tr>" for m in metrics
-    )
-    told = {k: v for k, v in row.items() if k not in figures or (figures is row and number(v) is None)}
-    told |= {k: row[k] for k in ("num_images", "images_seen") if k in row}
-    told.pop("metrics", None)
+    cells = [(named(m), value_text(m, number(figures[m]))) for m in metrics]
+    if number(figures.get("ms_ssim_real")) is not None:
+        cells.append(("MS-SSIM of photographs", value_text("ms_ssim", number(figures["ms_ssim_real"]))))
+    values = "".join(f"<tr><th>{escape(name)}</th><td>{value}</td></tr>" for name, value in cells)
+    kept = ("images_seen", "num_images")
+    told = {k: v for k, v in row.items() if k in kept or (k != "metrics" and number(v) is None and v != "")}
     facts = "".join(
         f"<tr><th>{escape(k.replace('_', ' '))}</th><td>{escape(plain(v))}</td></tr>" for k, v in told.items()
     )
@@ -145,7 +145,7 @@ def diversity(run: Run, absent: Mapping[str, str]) -> str:
         "photographs' (100%: as varied), and the mean MS-SSIM of pairs, which is higher where pictures are more alike."
     )
     spread = Line(
-        name="Spread, of the photographs'",
+        name="Spread against photographs",
         style="four",
         xs=run.seen,
         values=[percent(v) for v in run.column("diversity")],

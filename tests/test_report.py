@@ -305,8 +305,15 @@ def test_bad_lines_of_evaluations_are_told_and_missing_numbers_leave_gaps(tmp_pa
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_last_evaluation_is_a_table_with_what_makes_it_comparable(tmp_path: Path, nested: bool) -> None:
     run = make_run(tmp_path / "evaluated", stats=3)
-    figures = {"fid": 21.4, "kid": 0.0123456, "recall": 0.25}
-    facts = {"images_seen": 4000, "num_images": 50_000, "crop": "64 x 64 <centre>", "extractor": {"name": "inception"}}
+    figures = {"fid": 21.4, "kid": 0.0123456, "recall": 0.25, "ms_ssim_real": 0.29}
+    facts = {
+        "images_seen": 4000,
+        "ranks": 2,
+        "device": "",
+        "num_images": 50_000,
+        "crop": "64 x 64 <centre>",
+        "extractor": {"name": "inception"},
+    }
     lines = [{"fid": 99.0}, facts | ({"metrics": figures} if nested else figures)]
     (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = read(run)[1]
@@ -314,7 +321,9 @@ def test_the_last_evaluation_is_a_table_with_what_makes_it_comparable(tmp_path: 
         assert words in page.text
     for words in ("num images 50000", "images seen 4000", "extractor name inception"):
         assert words in page.text
+    assert "MS-SSIM of photographs 0.2900" in page.text
     assert page.text.count("21.4") == 1
+    assert "device" not in page.text, "nothing is said where there is nothing"
     assert "99.0" not in page.text
 
 
@@ -342,6 +351,12 @@ def test_negative_losses_have_an_axis_of_their_own(tmp_path: Path) -> None:
         ("80.00", "0"),
         ("100.00", "5"),
     ]
+
+
+@pytest.mark.parametrize(("most", "drawn"), [(8.0, 0), (120.0, 1)])
+def test_a_guide_is_drawn_only_where_the_axis_reaches_it(most: float, drawn: int) -> None:
+    line = Line(name="a", style="one", xs=[0, 100], values=[1.0, most])
+    assert chart("t", [line], Scale(guide=100)).count('class="guide"') == drawn
 
 
 def test_curves_of_other_lengths_share_the_axis() -> None:
