@@ -26,11 +26,23 @@ from pipeline.config import Config, EvalConfig, TrainConfig
 from pipeline.evaluating import Standing, due_at, in_words, keep_best, plan_in_words, standing_of
 from pipeline.index import open_dataset
 from pipeline.loop import Maintenance
-from pipeline.meters import write_rows
+from pipeline.meters import rows_up_to, write_rows
 from pipeline.runfolder import RunFolder
 from pipeline.sampling import recalibrated
 from pipeline.watch import CollapseWatch, HangWatch
-from tests.commands import rows, status_of
+from tests.commands import IMAGES as FACES
+from tests.commands import (
+    assert_bit_equal,
+    kill_tree,
+    make_workspace,
+    rows,
+    started,
+    state_of,
+    status_of,
+    wait_for,
+)
+from tests.commands import command as command_of
+from tests.commands import train as train_for_good
 from tests.numbered import record_of, recorded, words, write_numbered
 from tests.players import assert_same
 from tests.ranks import Launch, run_launches
@@ -462,3 +474,26 @@ def test_inceptions_weights_are_looked_at_before_training_begins(images, tmp_pat
     (told,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("train.py: error: ")]
     assert str(weights) in told
     assert not (tmp_path / "run" / "stats.jsonl").exists()
+
+
+@pytest.mark.faults
+def test_killed_in_an_evaluation_under_torchrun_the_same_command_makes_it_up(tmp_path):
+    """SIGKILL of both ranks once the checkpoint is there and the figures are not: midway, and at the end."""
+    workspace, last = make_workspace(tmp_path), 240
+    lasting = ("--train.max_images", str(last), "--checkpoint.keep", "9")
+    measured = (*lasting, "--eval.every_images", "80", "--eval.num_images", str(FACES))
+    run = workspace / "run"
+    for images_seen, lines in ((80, 0), (last, 2)):
+        with started(command_of(workspace, "run", 2, *measured), workspace / "log") as process:
+            folder = checkpoints.folder_of(run, images_seen)
+            wait_for(folder.is_dir, f"the checkpoint before the evaluation after {images_seen} images", process)
+            kill_tree(process.pid)
+        assert len(rows_up_to(run / "metrics.jsonl")) == lines
+    train_for_good(workspace, "run", 2, *measured)
+    train_for_good(workspace, "whole", 2, *measured)
+    train_for_good(workspace, "plain", 2, *lasting)
+    figures = [figures_of(workspace / name) for name in ("run", "whole")]
+    assert figures[0] == figures[1]
+    assert [images_seen for images_seen, *_ in figures[0]] == [80, 160, last]
+    for name in ("whole", "plain"):
+        assert_bit_equal(state_of(run, last), state_of(workspace / name, last))
