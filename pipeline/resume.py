@@ -111,14 +111,14 @@ def check_identity(cfg: Config, fingerprint: str, found: Checkpoint, say: Callab
 def differences(cfg: Config, layout_now: dict[str, Any], found: Checkpoint) -> Iterator[str]:
     """A line for each setting that changed since the checkpoint, and one where exactness is gone."""
     then = yaml.safe_load((found.folder / "config.yaml").read_text())
-    now = to_dict(cfg)
+    now, defaults = to_dict(cfg), to_dict(Config())  # a setting younger than the checkpoint was at its default
     for section, value in now.items():
         keys = [f"{section}.{name}" for name in value] if isinstance(value, dict) else [section]
         for key in keys:
             if key.startswith("run."):
                 continue
-            old = then.get(section, {})
-            old = old.get(key.partition(".")[2]) if isinstance(value, dict) else then.get(section)
+            known = then.get(section, {}) if isinstance(value, dict) else then
+            old = known.get(key.rpartition(".")[2], value_of(defaults, key))
             if old != value_of(now, key):
                 yield f"changed since the checkpoint: {key} {old} -> {value_of(now, key)}"
     theirs = found.manifest["layout"]

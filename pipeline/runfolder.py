@@ -30,6 +30,7 @@ _OF_A_RUN = (
     "report.html",
     "report",
     "samples",
+    "exports",
     "checkpoints",
     "tensorboard",
     "wandb",
