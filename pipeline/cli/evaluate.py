@@ -63,12 +63,9 @@ def _read(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="best, last, or a checkpoint's folder [best where one is marked, else last]",
     )
     add("--metrics", metavar="A,B,...", help=f"of {', '.join(METRICS)} [the run's eval.metrics]")
-    add(
-        "--num",
-        metavar="N",
-        type=at_least(2),
-        help="generated images, and as many real ones [the run's eval.num_images]",
-    )
+    # torchrun takes --num for one of its own options, even behind the script's name.
+    count = "generated images, and as many real ones; under torchrun --num-images [the run's eval.num_images]"
+    add("--num", "--num-images", metavar="N", type=at_least(2), help=count)
     add("--weights", choices=("ema", "live"), default="ema", help="the averaged generator or the trained one [ema]")
     add("--data", metavar="PATH", help="the photographs, where they are not at the run's data.dataroot")
     add("--inception-weights", metavar="FILE", help="Inception's weights [the run's eval.inception_weights]")
