@@ -16,7 +16,7 @@ from torch import nn
 
 from pipeline import latent_tools
 from pipeline.checkpoint import chosen, open_generator
-from pipeline.cli.command import Parser, at_least, run
+from pipeline.cli.command import Parser, at_least, device_of, run
 from pipeline.config import ConfigError
 from pipeline.errors import StorageError
 from pipeline.latent_tools import Term
@@ -72,7 +72,7 @@ def sample(options: argparse.Namespace) -> None:
     """
     terms = _checked(options)
     out: Path = options.out
-    device = _device(options.device)
+    device = device_of(options.device)
     loaded, cfg, images_seen = open_generator(_source(options), weights=options.weights)
     photographs = [torch.from_numpy(read_photograph(path, cfg.data)) for path in options.project or []]
     generator = recalibrated(loaded.to(device), cfg.model.nz)
@@ -155,19 +155,6 @@ def _above_0(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
     return value
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises depends on its build
-        raise ConfigError(f"--device must be a device of this machine, got {name!r}") from error
-    if device.type == "meta":
-        raise ConfigError("--device must be a device of this machine, got 'meta'")
-    return device
 
 
 def _save_walk(generator: nn.Module, a: torch.Tensor, b: torch.Tensor, out: Path, *, frames: int, ms: int) -> None:
