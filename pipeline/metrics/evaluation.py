@@ -35,9 +35,6 @@ from pipeline.sampling import generate, latents
 
 LATENT_SEED = 0
 """Not the run's: runs are compared by the same latents."""
-KEPT_BYTES = 4 << 30
-"""Sorted projections of the real images are kept on disk where all together they take no more; 5,000 images in colour
-at 64 x 64 take 3.7 GiB.  To read them takes a tenth of the time of sorting them (2026-11)."""
 
 
 class Evaluation:
@@ -67,7 +64,7 @@ class Evaluation:
             decoder: what decodes, where nothing is cached.
             cached: all images of the dataset, decoded; None: the real ones are decoded here, and kept.
             samples: reads the dataset's files.
-            threads: for decoding and sorting.
+            threads: for decoding and for what is worked out on the CPU.
             say: takes a line for a person; called on every rank.
             batch: images that are generated at a time.
             extractor: in place of Inception; for tests.
@@ -147,7 +144,6 @@ class Evaluation:
         cfg, world_size = self._cfg.data, self._ranks.world_size
         sizes, onto = swd.level_sizes(*cfg.size), swd.directions(cfg.nc)
         step = swd.block_size(self.num_images, cfg.nc)
-        all_kept = len(sizes) * swd.DIRECTIONS * self.num_images * swd.PATCHES * 4 <= KEPT_BYTES
         starts = range(0, swd.DIRECTIONS, step)
         found = {}
         self.real.open()
@@ -161,24 +157,12 @@ class Evaluation:
                 mine = starts[turn : turn + world_size][self._ranks.rank : self._ranks.rank + 1]
                 apart: list[float] = []
                 for start in mine:
-                    block = onto[start : start + step]
-                    real = self._real_projections(sides[0], block, level, start, all_kept)
-                    apart = swd.distances(real, sides[1].projected(block), pool)
+                    real, fake = (side.projected(onto[start : start + step]) for side in sides)
+                    apart = swd.distances(real, fake, pool)
                 for part in distributed.gather(apart):
                     of_level += part
             found[f"swd_{min(size)}"] = 1e3 * float(np.mean(of_level))
         return {"swd": float(np.mean(list(found.values())))} | found
-
-    def _real_projections(self, side: swd.Patches, block: swd.Array, level: int, start: int, kept: bool) -> swd.Array:
-        if not kept:
-            return side.projected(block)
-        where = {"level": level, "start": start, "directions": len(block)}
-        found = self.real.load("swd", **where)
-        if found is not None:
-            return found["sorted"]
-        made = side.projected(block)
-        self.real.keep("swd", {"sorted": made}, **where)
-        return made
 
     # Multi-scale structural similarity
 

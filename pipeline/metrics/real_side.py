@@ -1,8 +1,8 @@
 """The photographs that generators are held against, and what was worked out about them before.
 
 Those are num_images of the dataset, drawn once and for all, as training crops them: resized and cut from the middle,
-without mirroring, colour jitter or a random place.  What metrics need of them (features, sorted projections) is kept in
-the cache folder's evaluation/, one file for each, named by a hash of all that it depends on.
+without mirroring, colour jitter or a random place.  What metrics need of them (pixels, features) is kept in the cache
+folder's evaluation/, one file for each, named by a hash of all that it depends on.
 """
 
 from __future__ import annotations
