@@ -63,7 +63,7 @@ def pictures(count: int, height: int, width: int, channels: int, seed: int = 0) 
 # SWD
 
 
-def levels_apart(one: np.ndarray, other: np.ndarray, pool: Executor, step: int = 128) -> list[float]:
+def levels_apart(one: np.ndarray, other: np.ndarray, pool: Executor, step: int = 64) -> list[float]:
     """1000 times the distance at each level, as an evaluation puts it together."""
     count, *size = one.shape
     onto, found = swd.directions(size[2]), []
@@ -71,8 +71,7 @@ def levels_apart(one: np.ndarray, other: np.ndarray, pool: Executor, step: int =
         sides = [swd.Patches(lambda a, b, s=s: s[a:b], count, tuple(size), level, pool) for s in (one, other)]
         apart = []
         for start in range(0, swd.DIRECTIONS, step):
-            block = onto[start : start + step]
-            apart += swd.distances(*(side.projected(block) for side in sides), pool)
+            apart += swd.distances(*sides, onto[start : start + step], pool)
         found.append(1e3 * float(np.mean(apart)))
     return found
 
@@ -206,12 +205,12 @@ def test_memory_blocks_and_threads_change_nothing(pool, monkeypatch):
     monkeypatch.setattr(swd, "SET_BYTES", 1 << 20)
     assert swd.held_bytes(70, 3) == 0
     assert swd.block_size(70, 3) == 16
-    np.testing.assert_allclose(levels_apart(one, other, pool, step=128), held, rtol=1e-6)
+    np.testing.assert_allclose(levels_apart(one, other, pool), held, rtol=1e-6)
 
 
 def test_of_50000_images_a_set_takes_what_it_may():
     assert swd.held_bytes(5_000, 3) > 0
-    assert swd.block_size(5_000, 3) == 128
+    assert swd.block_size(5_000, 3) == 64
     assert swd.held_bytes(50_000, 3) == 0
     assert swd.block_size(50_000, 3) * 50_000 * swd.PATCHES * 4 <= swd.SET_BYTES
 

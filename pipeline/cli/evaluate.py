@@ -27,7 +27,7 @@ from pipeline.distributed import Ranks
 from pipeline.environment import versions
 from pipeline.errors import StorageError
 from pipeline.index import Dataset, cache_folder, open_dataset
-from pipeline.metrics.evaluation import Evaluation
+from pipeline.metrics.evaluation import Evaluation, one_thread
 from pipeline.metrics.gathering import CHUNK
 from pipeline.precision import full_float32
 from pipeline.samples import Samples
@@ -110,11 +110,12 @@ def evaluate(options: argparse.Namespace) -> None:
     assert checkpoint is not None
     generator, cfg, _ = distributed.together(lambda: open_generator(checkpoint.folder, weights=options.weights))
     cfg = distributed.together(lambda: _settings(cfg, options))
-    torch.set_num_threads(distributed.num_threads(cfg.distributed, ranks.local_world_size))
+    # This machine's share, not what the run's settings gave its training.
+    threads = distributed.num_threads(Config().distributed, ranks.local_world_size)
+    torch.set_num_threads(threads)
     dataset = distributed.leader_first(ranks, lambda: open_dataset(cfg.data))
     _tell_other_photographs(checkpoint, dataset, say)
     decoder, _ = distributed.together(lambda: choose_decoder(cfg.data))
-    threads = cfg.data.workers or torch.get_num_threads()
     samples = Samples(dataset)
     cached = _cached(cfg, dataset, decoder, ranks, threads, samples)
     evaluation = Evaluation(
@@ -123,7 +124,7 @@ def evaluate(options: argparse.Namespace) -> None:
     )  # fmt: skip
     begun = time.perf_counter()
     generator.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    with full_float32():
+    with full_float32(), one_thread():
         twin = recalibrated(generator, cfg.model.nz)
     metrics = evaluation.measure(twin)
     found = _Found(checkpoint, cfg, dataset, evaluation.real.decoder, evaluation.extractor_name, metrics)

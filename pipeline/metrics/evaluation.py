@@ -23,7 +23,7 @@ from pipeline.decode import Decoder, Pixels
 from pipeline.distributed import Ranks
 from pipeline.index import Dataset, cache_folder
 from pipeline.metrics import ms_ssim, swd
-from pipeline.metrics.gathering import CHUNK, gathered
+from pipeline.metrics.gathering import CHUNK, gathered, shares
 from pipeline.metrics.inception import DEFAULT_NAME, InceptionFeatures
 from pipeline.metrics.real_side import Arrays, RealSide
 from pipeline.metrics.swd import Images
@@ -35,6 +35,22 @@ from pipeline.sampling import generate, latents
 
 LATENT_SEED = 0
 """Not the run's: runs are compared by the same latents."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """On a CPU, one thread of torch's an operation, so that a picture is the same with any number of cores.
+
+    Over several threads sums round otherwise, a few pixels in a million come out one level off, and SWD moves by
+    5e-6 of itself (2026-11).  What is independent goes on side by side, and no thread waits for another that is held
+    up by the machine's other work.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Evaluation:
@@ -103,13 +119,13 @@ class Evaluation:
             By name; for swd also each level's (`swd_64`, ...), for ms_ssim the real images' (`ms_ssim_real`), for kid
             and inception_score the deviation over subsets (`kid_std`, `inception_score_std`).
         """
-        fakes = self._generated(generator)
-
-        def images(start: int, stop: int) -> Pixels:
-            return fakes[start:stop]
-
         found: dict[str, float] = {}
-        with self._pool() as pool:
+        with one_thread(), ThreadPoolExecutor(self._threads, thread_name_prefix="metrics") as pool:
+            fakes = self._generated(generator, pool)
+
+            def images(start: int, stop: int) -> Pixels:
+                return fakes[start:stop]
+
             if "swd" in self.metrics:
                 found |= self._swd(images, pool)
             if "ms_ssim" in self.metrics:
@@ -121,21 +137,18 @@ class Evaluation:
         named = sorted(found, key=lambda name: next(i for i, m in enumerate(order) if name.startswith(m)))
         return distributed.broadcast({name: found[name] for name in named})
 
-    @contextmanager
-    def _pool(self) -> Iterator[Executor]:
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="metrics") as pool:
-            yield pool
-
-    def _generated(self, generator: nn.Module) -> Pixels:
+    def _generated(self, generator: nn.Module, pool: Executor) -> Pixels:
         cfg, device = self._cfg, self._ranks.device
 
         def make(share: range) -> Tensor:
             drawn = latents(LATENT_SEED, Stream.EVALUATION_LATENT, share.start, len(share), cfg.model.nz, device)
-            with full_float32():
-                return generate(generator, drawn, self._batch).to(device)
+            return generate(generator, drawn, self._batch).to(device)
 
         like = torch.empty((0, *cfg.data.size, cfg.data.nc), dtype=torch.uint8, device=device)
-        return gathered(make, self.num_images, self._ranks, like, chunk=self._batch).numpy()
+        with full_float32():
+            mine = [share for share in shares(self.num_images, self._ranks, self._batch) if len(share)]
+            made = pool.map(make, mine) if device.type == "cpu" else map(make, mine)
+            return gathered(lambda _share: next(made), self.num_images, self._ranks, like, chunk=self._batch).numpy()
 
     # Sliced Wasserstein distance
 
@@ -148,17 +161,15 @@ class Evaluation:
         found = {}
         self.real.open()
         for level, size in enumerate(sizes):
-            sides = [
-                swd.Patches(images, self.num_images, (*cfg.size, cfg.nc), level, pool)
-                for images in (self.real.images, fakes)
-            ]
+            shape = *cfg.size, cfg.nc
+            real = swd.Patches(self.real.images, self.num_images, shape, level, pool)
+            fake = swd.Patches(fakes, self.num_images, shape, level, pool)
             of_level: list[float] = []
             for turn in range(0, len(starts), world_size):
                 mine = starts[turn : turn + world_size][self._ranks.rank : self._ranks.rank + 1]
                 apart: list[float] = []
                 for start in mine:
-                    real, fake = (side.projected(onto[start : start + step]) for side in sides)
-                    apart = swd.distances(real, fake, pool)
+                    apart = swd.distances(real, fake, onto[start : start + step], pool)
                 for part in distributed.gather(apart):
                     of_level += part
             found[f"swd_{min(size)}"] = 1e3 * float(np.mean(of_level))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.distributed import Ranks
 
-CHUNK = 128
+CHUNK = 64
 """Images at a time."""
 
 

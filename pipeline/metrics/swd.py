@@ -163,6 +163,7 @@ class Patches:
         self._images, self._count, self._pool = images, count, pool
         self._pyramid = Pyramid(height, width, level)
         self._held: Array | None = None
+        self._projections: Array | None = None
         self._scale: tuple[Array, Array] | None = None
         """Mean and deviation, (K,) float32 each."""
 
@@ -207,22 +208,26 @@ class Patches:
         np.divide(patches, deviation, out=patches)
 
     def projected(self, onto: Array) -> Array:
-        """(D, P) float32: each row the patches along one of the directions (D, K)."""
+        """(D, P) float32: each row the patches along one of the directions (D, K); the next call takes its memory."""
         if self._scale is None:
             self._cut()
-        out = np.empty((len(onto), self._count * PATCHES), np.float32)
+        if self._projections is None or len(self._projections) != len(onto):
+            # Fresh memory each time would cost as much time as what is written to it.
+            self._projections = np.empty((len(onto), self._count * PATCHES), np.float32)
+        out, directions = torch.from_numpy(self._projections), torch.from_numpy(onto)
 
         def project(part: range) -> None:
             rows = self._rows(part)
-            if self._held is None:
+            if self._held is not None:
+                found = self._held[rows]
+            else:
                 found = self._pyramid.patches(self._images, part.start, part.stop)
                 self._normalise(found)
-            else:
-                found = self._held[rows]
-            np.matmul(onto, found.T, out=out[:, rows])
+            # By torch, whose threads can be kept to one an operation; NumPy's would get in the way of the pool's.
+            torch.mm(directions, torch.from_numpy(found).T, out=out[:, rows])
 
         list(self._pool.map(project, self._parts()))
-        return out
+        return self._projections
 
 
 def held_bytes(count: int, channels: int) -> int:
@@ -232,13 +237,13 @@ def held_bytes(count: int, channels: int) -> int:
 
 
 def block_size(count: int, channels: int) -> int:
-    """Directions at a time for N images: a power of two up to 128, so that all are some whole blocks."""
-    size = DIRECTIONS // 4
+    """Directions at a time for N images: a power of two up to 64, so that all are some whole blocks."""
+    size = DIRECTIONS // 8
     while size > 1 and size * count * PATCHES * 4 > SET_BYTES - held_bytes(count, channels):
         size //= 2
     return size
 
 
-def distances(one: Array, other: Array, pool: Executor) -> list[float]:
-    """mean_gap() of each row with the other's at its place; (D, P) each."""
-    return list(pool.map(mean_gap, one, other))
+def distances(one: Patches, other: Patches, onto: Array, pool: Executor) -> list[float]:
+    """The distance of two sets along each of the directions (D, K)."""
+    return list(pool.map(mean_gap, one.projected(onto), other.projected(onto)))
