@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import data, harness, plain_loop, train
+from benchmarks import data, harness, plain_loop, quality, train
 from pipeline.config import OptimConfig
 from pipeline.face_set import write_faces
 from pipeline.models import Discriminator, Generator, initialise
@@ -202,3 +202,24 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(main, words, said, capsys):
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_quality_measures_a_plain_loop_and_a_run_alike(faces, tmp_path, capsys):
+    """The two actions as one types them, on tiny networks: a generator kept, then measured, a line and a row for it."""
+    words = f"tutorial --data {faces} --device cpu --images 8 --batch 4 --ngf 2 --size 16 --out {tmp_path / 'plain'}"
+    assert quality.main(words.split()) == 0
+    kept = tmp_path / "plain" / "generator.pt"
+    words = f"measure --data {faces} --device cpu --size 16 --num 4 --results {tmp_path} a={kept} a={kept} b={kept}"
+    assert quality.main(words.split()) == 0
+    rows = [json.loads(line) for line in (tmp_path / "quality.jsonl").read_text().splitlines()]
+    assert [row["variant"] for row in rows] == ["a", "a", "b"]
+    assert {row["swd"] for row in rows} == {rows[0]["swd"]}
+    assert rows[0]["swd"] > 0
+    assert rows[0]["images_seen"] == 8
+    assert "± 0" in capsys.readouterr().out
+
+
+def test_quality_refuses_what_it_cannot_take(capsys):
+    assert quality.main(["tutorial"]) == 2
+    assert quality.main(["measure", "a"]) == 2
+    assert "ARM=PATH" in capsys.readouterr().err
