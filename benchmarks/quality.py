@@ -115,7 +115,7 @@ def open_any(path: str, args: argparse.Namespace) -> tuple[Generator, dict[str, 
     """
     if path.endswith(".pt"):
         found = torch.load(path, weights_only=True)
-        generator = Generator(100, found["ngf"], CHANNELS, args.size, args.size)
+        generator = Generator(ModelConfig().nz, found["ngf"], CHANNELS, args.size, args.size)
         generator.load_state_dict(found["generator"])
         facts = {key: found[key] for key in ("images_seen", "seed", "ngf")}
         return generator, facts | {"precision": "fp32", "weights": "live"}
@@ -146,7 +146,7 @@ def measure(args: argparse.Namespace, argv: Sequence[str], device: torch.device)
     for text in args.arms:
         arm, _, path = text.partition("=")
         generator, facts = open_any(path, args)
-        figures = evaluation.measure(recalibrated(generator.to(device), facts.get("nz", 100)))
+        figures = evaluation.measure(recalibrated(generator.to(device), cfg.model.nz))
         row = recorder.note(variant=arm, num_images=args.num, data=Path(args.data).name, **facts, **figures)
         arms.setdefault(arm, []).append(row)
         say(f"{arm}  {path}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))

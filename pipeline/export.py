@@ -18,15 +18,12 @@ Legend: N images, C channels, H x W pixels.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import io
 import json
-import os
-import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +36,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from pipeline import export_onnx
 from pipeline.checkpoint import Checkpoint, open_generator
 from pipeline.config import ConfigError
-from pipeline.errors import Diverged, StorageError, UserError
+from pipeline.errors import Diverged, UserError
+from pipeline.files import folder_written_aside
 from pipeline.model_card import write_card
 from pipeline.philox import Stream
 from pipeline.pictures import grid, save_png, to_uint8
@@ -233,27 +231,6 @@ def check_target(folder: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"--overwrite replaces an export only, and {folder} holds other things: {min(found - ours)}")
 
 
-@contextlib.contextmanager
-def _folder_written_aside(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to fill; it takes the name when the block ends well, and is removed when it does not.
-
-    Raises:
-        StorageError: the disk refused, with the reason.
-    """
-    aside, former = (folder.with_name(f".{folder.name}.{word}{os.getpid()}") for word in ("", "former."))
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        if folder.exists():
-            folder.rename(former)
-        aside.rename(folder)
-        shutil.rmtree(former, ignore_errors=True)
-    except OSError as error:
-        raise StorageError(f"cannot write {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 @torch.no_grad()
 def export(
     checkpoint: Checkpoint,
@@ -309,7 +286,7 @@ def export(
     }
     z = latents(0, Stream.SAMPLE_LATENT, 0, max(BATCHES), nz)
     expected = generator(z)
-    with _folder_written_aside(folder) as aside:
+    with folder_written_aside(folder) as aside:
         for kind in dict.fromkeys(formats):
             data = contents[kind]()
             (aside / FILES[kind]).write_bytes(data)

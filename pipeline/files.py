@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,28 @@ def written_aside(path: Path) -> Iterator[Path]:
             aside.unlink()
 
 
+@contextlib.contextmanager
+def folder_written_aside(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to fill; when the block ends well it takes the place of what is there, and is removed
+    when it does not.
+
+    Raises:
+        StorageError: the disk refused, with the reason.
+    """
+    aside, former = (folder.with_name(f".{folder.name}.{word}{os.getpid()}") for word in ("", "former."))
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        if folder.exists():
+            folder.rename(former)
+        aside.rename(folder)
+        shutil.rmtree(former, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def write_in_place_if_full(path: Path, text: str) -> None:
     """A small text, whole; on a full disk over the former one, in the blocks that it has already.
 
@@ -55,3 +78,13 @@ def read_object(path: Path) -> dict[str, Any]:
         if isinstance(value, dict):
             return value
     return {}
+
+
+def read_objects(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines; none where there is no file, nor of lines that a crash cut short."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return [row for row in found if isinstance(row, dict)]

@@ -30,18 +30,6 @@ def fake_loss(logits: Tensor) -> Tensor:
     return F.softplus(logits.float()).mean()
 
 
-def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Binary cross-entropy with real as 1 and fake as 0, the two means summed.
-
-    Args:
-        real_logits, fake_logits: (N,), any float dtype; D's output before the sigmoid.
-
-    Returns:
-        Scalar, float32: mean of -log sigmoid(real) plus mean of -log(1 - sigmoid(fake)).  Goodfellow et al. 2014.
-    """
-    return real_loss(real_logits) + fake_loss(fake_logits)
-
-
 def generator_loss(fake_logits: Tensor) -> Tensor:
     """Non-saturating loss: the generator wants its pictures called real.
 
@@ -93,7 +81,7 @@ class Losses:
         return outputs.float().mean()
 
     def discriminator(self, real_outputs: Tensor, fake_outputs: Tensor) -> Tensor:
-        """What D pays for both, summed."""
+        """What D pays for both, summed.  Goodfellow et al. 2014."""
         return self.real(real_outputs) + self.fake(fake_outputs)
 
     def generator(self, fake_outputs: Tensor) -> Tensor:

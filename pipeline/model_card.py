@@ -5,8 +5,6 @@ A README.md with the front matter that Hugging Face reads.  It names the dataset
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import yaml
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import METRICS, Config, to_dict
+from pipeline.files import read_objects
 
 CODE_LICENCE = "Apache-2.0"
 _ALWAYS = (
@@ -117,10 +116,11 @@ def measurements(checkpoint: Checkpoint, cfg: Config, weights: str) -> list[Meas
     run, found = run_of(checkpoint), {}
     if run is None:
         return []
-    while_training = _lines(run / "metrics.jsonl") if weights == "ema" or not cfg.optim.ema_half_life_images else []
+    averaged = weights == "ema" or not cfg.optim.ema_half_life_images
+    while_training = read_objects(run / "metrics.jsonl") if averaged else []
     rows = [row for row in while_training if row.get("images_seen") == checkpoint.images_seen]
     own = str(checkpoint.manifest.get("identity", {}).get("dataset", ""))[:12]
-    for row in _lines(run / "evaluations.jsonl"):
+    for row in read_objects(run / "evaluations.jsonl"):
         of_these = row.get("checkpoint") == checkpoint.folder.name and row.get("weights") == weights
         if of_these and own in row.get("real", own):  # not those that were held against other photographs
             rows.append(row)
@@ -138,20 +138,10 @@ def measurements(checkpoint: Checkpoint, cfg: Config, weights: str) -> list[Meas
 def num_photographs(checkpoint: Checkpoint) -> int | None:
     """Photographs an epoch, from the run's statistics; None where there are none."""
     run = run_of(checkpoint)
-    for row in _lines(run / "stats.jsonl") if run else ():
+    for row in read_objects(run / "stats.jsonl") if run else ():
         if isinstance(row.get("epoch"), float) and row["epoch"] > 0:
             return round(row["images_seen"] / row["epoch"])
     return None
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines; those that a crash cut short are passed over."""
-    found = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-    return [row for row in found if isinstance(row, dict)]
 
 
 def _plain(name: str) -> str:

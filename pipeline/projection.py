@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kernels.normalize import normalize
 from pipeline.config import DataConfig
-from pipeline.decode import Pixels, window_shape
+from pipeline.decode import Pixels, middle, window_shape
 from pipeline.decode.pillow import decode
 from pipeline.errors import DataError
 from pipeline.files import written_aside
@@ -64,8 +64,7 @@ def read_photograph(path: Path, cfg: DataConfig) -> Pixels:
     except BadImage as error:
         raise DataError(f"{path} {error}") from error
     window = decode(np.frombuffer(content, np.uint8), size, (height, width), channels, str(path))
-    top, left = cfg.crop_margin // 2, cfg.crop_margin // 2
-    return window[top : top + cfg.size[0], left : left + cfg.size[1]].copy()
+    return middle(window[None], cfg)[0].copy()
 
 
 def bands(images: Tensor) -> Iterator[Tensor]:

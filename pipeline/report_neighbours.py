@@ -19,7 +19,7 @@ import torch
 
 from pipeline.cache import build_cache, cache_file
 from pipeline.config import DataConfig
-from pipeline.decode import Pixels, choose_decoder, window_shape
+from pipeline.decode import Pixels, choose_decoder, middle, window_shape
 from pipeline.decode.pillow import PillowDecoder
 from pipeline.index import Dataset, cache_folder, open_dataset
 from pipeline.report_charts import evenly
@@ -82,19 +82,17 @@ class Photographs:
 
     def _windows(self, wanted: list[np.ndarray]) -> Iterator[Pixels]:
         """Raises DataError where no file of the dataset is good any more."""
-        (height, width), margin = self.cfg.size, self.cfg.crop_margin
-        top = left = margin // 2
         kept = self._kept
         if kept is not None:
             for items in wanted:
                 block = (np.diff(items) == 1).all()  # as a slice it needs no copy
                 rows = slice(items[0], items[-1] + 1) if block else items
-                yield kept[rows, top : top + height, left : left + width]
+                yield middle(kept[rows], self.cfg)
             return
         window = window_shape(self.cfg)
         with contextlib.closing(PillowDecoder(self.dataset, window[:2], window[2], self.threads)) as pillow:
             for images in pillow.windows(wanted):
-                yield images[:, top : top + height, left : left + width]
+                yield middle(images, self.cfg)
 
 
 def open_photographs(cfg: DataConfig, threads: int) -> Photographs:

@@ -208,7 +208,7 @@ def _read_last(path: Path, run: Run) -> dict[str, Any]:
 
 
 def _read_made(run: Path, name: str, result: Run) -> Made | None:
-    """What report_looks.py or report_neighbours.py left under this name; None where there is none."""
+    """What report_made.py left under this name; None where there is none."""
     facts = read_object(run / "report" / f"{name}.json")
     picture = _open(run / "report" / f"{name}.png", result) if facts else None
     if picture is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -16,7 +15,7 @@ from typing import Any
 from pipeline.config import ConfigError
 from pipeline.environment import describe
 from pipeline.errors import StorageError
-from pipeline.files import read_object, write_in_place_if_full, written_aside
+from pipeline.files import read_object, read_objects, write_in_place_if_full, written_aside
 
 _OF_A_RUN = (
     "config.yaml",
@@ -171,10 +170,7 @@ class RunFolder:
         return f"{lost}rank {first['rank']} on {first['host']}: {first['error']}", first["exit_code"]
 
     def _failures(self) -> list[dict[str, Any]]:
-        found = []
-        for line in (self.path / "failures.jsonl").read_text().splitlines():
-            with contextlib.suppress(ValueError):  # cut short
-                found.append(json.loads(line))
+        found = read_objects(self.path / "failures.jsonl")
         return [failure for failure in found if failure["launch"] == self.launch]
 
     def grid(self, images_seen: int) -> Path:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.losses import discriminator_loss
+from pipeline.losses import Losses
 from pipeline.models import Discriminator, initialise
 from pipeline.penalties import gradient_penalty, r1
 from pipeline.precision import autocast
@@ -176,7 +176,7 @@ def test_fp16_takes_the_slope_in_float32_and_bf16_is_no_further_off_than_it_is_f
     initialise(discriminator, random)
     for precision in ("fp32", "fp16", "bf16"):
         with autocast(precision, torch.device("cpu")):
-            loss = discriminator_loss(discriminator(real), discriminator(fake))
+            loss = Losses().discriminator(discriminator(real), discriminator(fake))
         values = (
             loss,
             gradient_penalty(discriminator, real, fake, mix, precision),

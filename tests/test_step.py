@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from pipeline.config import DistributedConfig, OptimConfig
 from pipeline.distributed import wrap
-from pipeline.losses import discriminator_loss, generator_loss
+from pipeline.losses import Losses, generator_loss
 from pipeline.models import Discriminator, Generator, initialise
 from pipeline.order import Slice
 from pipeline.precision import dtype_of
@@ -214,7 +214,7 @@ def test_the_losses_are_the_ones_of_binary_cross_entropy_and_stay_finite_far_out
     ones, zeros = torch.ones(5), torch.zeros(5)
     bce = F.binary_cross_entropy_with_logits
     assert torch.allclose(generator_loss(logits), bce(logits, ones))
-    assert torch.allclose(discriminator_loss(logits, -logits), bce(logits, ones) + bce(-logits, zeros))
+    assert torch.allclose(Losses().discriminator(logits, -logits), bce(logits, ones) + bce(-logits, zeros))
     assert generator_loss(logits.bfloat16()).dtype == torch.float32
 
 

@@ -4,10 +4,7 @@ nearest it comes to photographs; and arithmetic on latents."""
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from pipeline import latent_tools
 from pipeline.checkpoint import chosen, open_generator
 from pipeline.cli.command import Parser, at_least, device_of, run
 from pipeline.config import ConfigError
-from pipeline.errors import StorageError
+from pipeline.files import folder_written_aside
 from pipeline.latent_tools import Term
 from pipeline.philox import Stream
 from pipeline.pictures import grid, grid_shape, save_gif, save_png, to_image
@@ -200,15 +197,7 @@ def _save_arithmetic(generator: nn.Module, drawn: Drawn, terms: list[Term], seed
 
 def _save_single(generator: nn.Module, drawn: Drawn, count: int, out: Path) -> None:
     """A folder of PNGs, filled under another name first, so that it is never seen half full."""
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        aside.mkdir(parents=True)
+    with folder_written_aside(out) as aside:
         for start in range(0, count, BATCH):
             for i, pixels in enumerate(generate(generator, drawn(start, min(BATCH, count - start)), BATCH), start):
                 to_image(pixels).save(aside / f"{i:06d}.png")
-        os.replace(aside, out)  # noqa: PTH105 - an empty folder may be there
-    except OSError as error:
-        raise StorageError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(aside)

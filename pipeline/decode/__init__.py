@@ -7,7 +7,7 @@ says, so that they agree to a fraction of a gray level and either may stand in f
 from __future__ import annotations
 
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,13 @@ def window_shape(cfg: DataConfig) -> tuple[int, int, int]:
     """(H, W, C) of a decoded window: the image and, on both axes, the margin its random crop moves in."""
     height, width = cfg.size
     return height + cfg.crop_margin, width + cfg.crop_margin, cfg.nc
+
+
+def middle(windows: Any, cfg: DataConfig) -> Any:
+    """(N, H, W, C) of windows (N, H + m, W + m, C), arrays or tensors: the middle of the places that a random crop may
+    take.  A view."""
+    (height, width), edge = cfg.size, cfg.crop_margin // 2
+    return windows[:, edge : edge + height, edge : edge + width]
 
 
 @cache

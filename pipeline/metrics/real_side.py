@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pipeline import distributed
 from pipeline.cache import Cached, decoded_windows, decoder_name
 from pipeline.config import DataConfig
-from pipeline.decode import Decoder, Pixels
+from pipeline.decode import Decoder, Pixels, middle
 from pipeline.distributed import Ranks
 from pipeline.errors import StorageError
 from pipeline.files import written_aside
@@ -96,18 +96,13 @@ class RealSide:
 
         def decode() -> list[Pixels]:
             found = decoded_windows(batches, cfg, self._samples, self._decoder, device, self._threads)
-            return [np.array(self._middle(windows)) for windows in found] if batches else []
+            return [np.array(middle(windows, cfg)) for windows in found] if batches else []
 
         made = dict(zip((s.start for s in mine), distributed.together(decode), strict=False))
         like = torch.empty((0, *cfg.size, cfg.nc), dtype=torch.uint8, device=device)
         return gathered(
             lambda share: torch.from_numpy(made[share.start]).to(device), self.num_images, self._ranks, like
         ).numpy()
-
-    def _middle(self, windows: Any) -> Any:
-        """(N, H, W, C) of windows (N, H + m, W + m, C): the middle of the places that training's crop may take."""
-        (height, width), edge = self._cfg.size, self._cfg.crop_margin // 2
-        return windows[:, edge : edge + height, edge : edge + width]
 
     def images(self, start: int, stop: int) -> Pixels:
         """(stop - start, H, W, C) uint8 on the CPU, after open(); may be called from several threads."""
@@ -116,8 +111,8 @@ class RealSide:
             return self._decoded[start:stop]
         source, items = self._cached.images, self.items[start:stop]
         if isinstance(source, torch.Tensor):
-            return np.asarray(self._middle(source[torch.from_numpy(items).to(source.device)]).cpu())
-        return np.asarray(self._middle(source[items]))
+            return np.asarray(middle(source[torch.from_numpy(items).to(source.device)], self._cfg).cpu())
+        return np.asarray(middle(source[items], self._cfg))
 
     # What is known of them
 
