@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ import torch
 
 from pipeline import distributed, precision
 from pipeline.cache import cache_kind
+from pipeline.choices import Choices
 from pipeline.config import Config, ConfigError
 from pipeline.decode import Decoder, choose_decoder
 from pipeline.distributed import Ranks
@@ -31,6 +33,10 @@ class Plan:
     """A sentence for each choice that was made automatically."""
     num_steps: int
     total_images: int
+    networks: str = "torch"
+    batchnorm: str = "torch"
+    gather: str = "torch"
+    """What does these operations, as under kernels; torch until `settle` has chosen."""
 
 
 def make_plan(cfg: Config, dataset: Dataset, ranks: Ranks) -> Plan:
@@ -47,6 +53,26 @@ def make_plan(cfg: Config, dataset: Dataset, ranks: Ranks) -> Plan:
     num_steps = cfg.train.num_steps(len(dataset))
     reasons = (f"decoder {decoder}: {why_decoder}", f"cache {cache}: {why_cache}", f"precision {arithmetic}")
     return Plan(decoder, cache, arithmetic, mode, reasons, num_steps, num_steps * cfg.train.batch_size)
+
+
+def settle(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices) -> Plan:
+    """The plan with an implementation for each operation; every rank calls it, and measures together with the others.
+
+    Raises:
+        ConfigError: a setting names an implementation that is not to be had here.
+    """
+    size = f"{cfg.per_rank(ranks.world_size)}x{cfg.data.nc}x{cfg.data.size[0]}x{cfg.data.size[1]} {plan.precision}"
+    wide = f"{size} ngf {cfg.model.ngf} ndf {cfg.model.ndf}"
+    return dataclasses.replace(
+        plan,
+        networks=choices.pick("networks", wide, {"torch": _nothing}, cfg.kernels.networks),
+        batchnorm=choices.pick("batchnorm", wide, {"torch": _nothing}, cfg.kernels.batchnorm),
+        gather=choices.pick("gather", size, {"torch": _nothing}, cfg.kernels.gather),
+    )
+
+
+def _nothing() -> None:
+    """What an operation that has one implementation only is timed by: it is not."""
 
 
 def _refuse_what_does_not_go_together(cfg: Config) -> None:
