@@ -76,9 +76,7 @@ def batchnorm_act_reference(
 ) -> Tensor:
     """The definition of `batchnorm_act`: one batch after the other through torch's own layers."""
     parts = [
-        F.leaky_relu(
-            F.batch_norm(to_images(part), running_mean, running_var, weight, bias, True, momentum, eps), slope
-        )
+        F.leaky_relu(F.batch_norm(to_images(part), running_mean, running_var, weight, bias, True, momentum, eps), slope)
         for part in x.chunk(num_groups, dim=2)
     ]
     return torch.cat([from_images(part) for part in parts], dim=2)

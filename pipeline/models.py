@@ -20,7 +20,6 @@ from torch.nn.utils import parametrize
 from kernels import pixel_major
 from pipeline.config import num_halvings
 
-
 LEAK = 0.2
 """Slope of D's activations below 0."""
 
@@ -207,9 +206,8 @@ def native_problem(generator: Generator, discriminator: Discriminator, images: i
     Args:
         images: of a step on each rank.
     """
-    channels = [
-        c for n in (generator, discriminator) for m in n.modules() if isinstance(m, nn.BatchNorm2d) for c in m.weight.shape
-    ] + [discriminator.layers[0].weight.shape[0]]
+    norms = [m for network in (generator, discriminator) for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    channels = [norm.num_features for norm in norms] + [discriminator.layers[0].out_channels]
     if any(parametrize.is_parametrized(m) for m in discriminator.modules()):
         return "they know no spectral norm"
     if any(c % pixel_major.CHANNELS for c in channels):

@@ -44,7 +44,7 @@ def off(ours: Tensor, exact: Tensor) -> float:
 
 def compare(operation, reference, inputs: list[Tensor], options: tuple = (), passes=(True, True)) -> None:
     """Output, then the gradient of every input: activations in bf16, weights in float32."""
-    ours = [x.clone() if x.dim() == 4 and x.shape[-1] == 4 or x.dim() == 1 else x.bfloat16() for x in inputs]
+    ours = [x.clone() if (x.dim() == 4 and x.shape[-1] == 4) or x.dim() == 1 else x.bfloat16() for x in inputs]
     exact = [x.double() for x in inputs]
     for x, y, wanted in zip(ours, exact, passes, strict=True):
         x.requires_grad_(wanted)
