@@ -119,6 +119,6 @@ def _run(*words: str) -> None:
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    """A dense tensor's memory, for C."""
+    """A dense tensor's memory, for C.  It does not keep the tensor: whoever calls must hold it by a name."""
     assert tensor is None or (tensor.device.type == "cpu" and tensor.is_contiguous()), tensor.shape
     return ctypes.c_void_p(tensor.data_ptr() if tensor is not None else None)

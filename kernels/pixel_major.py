@@ -244,9 +244,9 @@ class _ImageConv(Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         images, weight, out = ctx.saved_tensors
-        d_sum = torch.empty_like(out)
+        d_out, d_sum = d_out.contiguous(), torch.empty_like(out)
         library().dcgan_leaky_backward(
-            pointer(out), pointer(d_out.contiguous()), pointer(d_sum), _float(ctx.slope), _size(out.numel())
+            pointer(out), pointer(d_out), pointer(d_sum), _float(ctx.slope), _size(out.numel())
         )
         d_images = _image_up(d_sum, weight).permute(0, 3, 1, 2) if ctx.needs_input_grad[0] else None
         d_weight = _as_weight(_image_grad(d_sum, images)) if ctx.needs_input_grad[1] else None
@@ -334,10 +334,11 @@ class _BatchNormAct(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         (height, width, n, c), groups = x.shape, ctx.num_groups
+        dy = dy.contiguous()
         dx, d_weight, d_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
         scratch, means = torch.empty(height * width * groups * 2 * c), torch.empty(groups * 2 * c)
         library().dcgan_batchnorm_backward(
-            *map(pointer, (x, dy.contiguous(), dx, weight, bias, mean, rstd, d_weight, d_bias, scratch, means)),
+            *map(pointer, (x, dy, dx, weight, bias, mean, rstd, d_weight, d_bias, scratch, means)),
             _float(ctx.slope), height * width, n, c, groups,
         )  # fmt: skip
         return dx, d_weight, d_bias, None, None, None, None, None, None

@@ -207,7 +207,8 @@ def native_problem(generator: Generator, discriminator: Discriminator, images: i
         images: of a step on each rank.
     """
     norms = [m for network in (generator, discriminator) for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-    channels = [norm.num_features for norm in norms] + [discriminator.layers[0].out_channels]
+    first: Any = discriminator.layers[0]
+    channels = [norm.num_features for norm in norms] + [first.out_channels]
     if any(parametrize.is_parametrized(m) for m in discriminator.modules()):
         return "they know no spectral norm"
     if any(c % pixel_major.CHANNELS for c in channels):

@@ -39,7 +39,7 @@ def weights(*shape: int) -> Tensor:
 
 def off(ours: Tensor, exact: Tensor) -> float:
     assert ours.shape == exact.shape, (ours.shape, exact.shape)
-    return float((ours.double() - exact).norm() / exact.norm())
+    return float((ours.detach().double() - exact).norm() / exact.norm())
 
 
 def compare(operation, reference, inputs: list[Tensor], options: tuple = (), passes=(True, True)) -> None:
