@@ -268,17 +268,6 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     return harness.table(header, lines)
 
 
-def positive(text: str) -> float:
-    """An argparse type: seconds above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, record; the exit code is 0 or that of a user's error."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -286,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> None:
         parser = command.Parser("benchmarks.data", __doc__.splitlines()[0] if __doc__ else "")
         harness.add_options(parser)
-        parser.add_argument("--seconds", type=positive, default=3.0, help="of each timing")
+        parser.add_argument("--seconds", type=harness.positive, default=3.0, help="of each timing")
         parser.add_argument("--repeats", type=command.at_least(1), default=5, help="timings of each variant")
         parser.add_argument("--batch", type=command.at_least(1), default=128, help="images a batch")
         parser.add_argument("--size", type=command.at_least(8), default=64, help="pixels of an image's side")
