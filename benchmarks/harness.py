@@ -257,6 +257,19 @@ def photographs(data: str, cfg: DataConfig) -> str:
     return str(folder)
 
 
+def refuse_other_shapes(cfg: DataConfig, channels: int) -> None:
+    """
+    Raises:
+        ConfigError: the images are not of a shape that the tutorial's networks take.
+    """
+    height, width = cfg.size
+    if height != width or height & (height - 1) or cfg.nc != channels:
+        raise ConfigError(
+            f"data.image_size and data.nc must be a power of two and {channels}, which is what the tutorial's networks "
+            f"take, got {cfg.image_size} and {cfg.nc}"
+        )
+
+
 def wait_for(device: torch.device) -> None:
     """Until the device has done what it was given."""
     if device.type == "cuda":
