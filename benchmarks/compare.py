@@ -7,8 +7,8 @@ comes first, compiles and fills caches, and is not counted.  A result line is on
 `images_per_s` of the tree, the median over the repeats, `ratio_to_base` how often as fast it is as BASE in the same
 repeat with its 95 % bootstrap interval.  Above 1 the tree is faster; an interval that holds 1 says nothing.
 
-Make the runs short (`--pairs 1 --steps 20`) and the repeats many: what drifts, drifts between runs.  Both sides read the
-same files from the same caches.  The options must be known to both commits.
+Make the runs short (`--pairs 1 --steps 20`) and the repeats many: what drifts, drifts between runs.  Both sides read
+the same files from the same caches.  The options must be known to both commits.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def run_once(folder: Path, words: Sequence[str], results: Path) -> dict[str, flo
     environment = os.environ | {"PYTHONPATH": str(folder)}
     # -P: not the current folder, which holds the other side's code, but PYTHONPATH; and paths in options stay right.
     line = [sys.executable, "-P", "-m", f"benchmarks.{name}", *options, "--results", str(results)]
-    done = subprocess.run(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise UserError(f"benchmarks.{name} in {folder} ended with {done.returncode}: {last}")

@@ -188,7 +188,19 @@ def measure(args: argparse.Namespace, recorder: Recorder) -> None:
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
     """The result lines as a table."""
-    header = ("operation", "shape", "ms", "to eager", "to compile", "MFLOP", "MB", "bound ms", "reached", "limit", "error")
+    header = (
+        "operation",
+        "shape",
+        "ms",
+        "to eager",
+        "to compile",
+        "MFLOP",
+        "MB",
+        "bound ms",
+        "reached",
+        "limit",
+        "error",
+    )
     lines = [
         (
             row["variant"],

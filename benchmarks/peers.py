@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +72,7 @@ class LoaderArm:
             persistent_workers=True,
             pin_memory=device.type == "cuda",
         )
-        self._batches = iter(loader)
+        self._batches: Iterator[Tensor] = iter(loader)
         self.images_seen, self.wait_s = 0, 0.0
 
     def build(self, dataset: Photographs, ranks: Ranks) -> None:

@@ -134,9 +134,8 @@ class PlainLoop:
         self.generator: nn.Module = make_generator(nz, ngf, size).apply(_draw_weights).to(self.device)
         self.discriminator: nn.Module = make_discriminator(ndf, size).apply(_draw_weights).to(self.device)
         if compiled:
-            self.generator, self.discriminator = (
-                torch.compile(network, dynamic=False) for network in (self.generator, self.discriminator)
-            )
+            for network in (self.generator, self.discriminator):
+                network.compile(dynamic=False)
         self.criterion = nn.BCELoss()
         self.adam_g = torch.optim.Adam(self.generator.parameters(), lr=lr, betas=(beta1, 0.999))
         self.adam_d = torch.optim.Adam(self.discriminator.parameters(), lr=lr, betas=(beta1, 0.999))

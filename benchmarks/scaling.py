@@ -7,9 +7,9 @@ What the result lines claim, by variant:
     model-weak, model-strong   many GPUs by benchmarks/scaling_model.py: from the step as it was measured on one, the
                   bytes of the gradients and the links' figures.  Its assumptions stand in the line.
 Each run trains --windows + 1 times --steps steps; the first window is not counted, `images_per_s` is the median of the
-others.  The runs of a repeat follow each other, the order reversed every other time; `ratio_to_one` is the images/s over
-those of one rank in the same repeat with its 95 % bootstrap interval, `efficiency` that over W.  All ranks have as many
-threads as the largest number of ranks leaves each (--threads); `oversubscribed` says that ranks had to share cores.
+others.  The runs of a repeat follow each other, the order reversed every other time; `ratio_to_one` is the images/s
+over those of one rank in the same repeat with its 95 % bootstrap interval, `efficiency` that over W.  All ranks have as
+many threads as the largest number of ranks leaves each (--threads); `oversubscribed` says that ranks shared cores.
 
 The model takes the step from --step-ms BATCH=MS,..., else from the newest rows of a GPU in step.jsonl; without either
 there is none.  Any `--section.key value` of the trainer may follow.  Options: --help; more: NOTES.md.

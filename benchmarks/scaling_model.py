@@ -4,8 +4,8 @@ The step of W GPUs takes what it takes on one, and besides what of the gradients
 backward.  A network's gradients travel in equal buckets, each as soon as backward has made it:
 
     all-reduce of b bytes   start_s
-      within a node of g    + 2 (g - 1) hop_s + 2 (g - 1) / g * b / bandwidth        reduce-scatter, all-gather in a ring
-      between n nodes       + 2 ceil(log2 n) hop_s + 2 (n - 1) / n * (b / g) / bandwidth    a tree, each GPU its share
+      within a node of g    + 2 (g - 1) hop_s + 2 (g - 1) / g * b / bandwidth    reduce-scatter, all-gather in a ring
+      between n nodes       + 2 ceil(log2 n) hop_s + 2 (n - 1) / n * (b / g) / bandwidth   a tree, each GPU its share
     a network with k buckets: the last bucket has nothing to hide behind; the others have (k - 1) / k of its backward.
     exposed = one + max(0, (k - 1) * one - (k - 1) / k * backward), one = the all-reduce of one bucket.
 

@@ -70,9 +70,7 @@ def batches_of(cfg: Config, dataset: Dataset, plan: Plan, device: torch.device) 
         images = [feed.next().clone() for _ in range(NUM_BATCHES)]
     finally:
         feed.close()
-    vectors = [
-        latents(cfg.run.seed, Stream.LATENT, i * batch, batch, cfg.model.nz, device) for i in range(NUM_BATCHES)
-    ]
+    vectors = [latents(cfg.run.seed, Stream.LATENT, i * batch, batch, cfg.model.nz, device) for i in range(NUM_BATCHES)]
     return list(zip(images, vectors, strict=True))
 
 
