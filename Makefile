@@ -47,7 +47,7 @@ help:
 	@echo "make lock          requirements.lock anew after a change in setup.py; ARGS=--upgrade for the newest of everything"
 	@echo "make sbom          build/sbom.json, what the environment consists of (CycloneDX)"
 	@echo "make lint-container  hadolint on the Dockerfile"
-	@echo "make test-gpu      every check that needs a CUDA device, then all benchmarks there, in nine minutes, into gpu.json"
+	@echo "make test-gpu      every check that needs a CUDA device, then all benchmarks there, in nine minutes"
 	@echo "make test-system   tests that need root or Debian packages (chromium, slurm-wlm, munge, iproute2, debootstrap)"
 	@echo "make lint          ruff and mypy"
 	@echo "make bench         data, kernels, step and training, measured; adds lines to benchmarks/results/"

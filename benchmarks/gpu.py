@@ -168,7 +168,7 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = command.Parser("benchmarks.gpu", __doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--data", default="", help="photographs; without it cartoon faces are drawn")
     parser.add_argument("--minutes", type=harness.positive, default=9.0, help="that it may take [%(default)s]")
-    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="the file [%(default)s]")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "gpu.json", help="the file [%(default)s]")
     parser.add_argument("--only", type=harness.names, help="parts, by name [all]")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the result lines")
     parser.add_argument("--no-record", action="store_true", help="only the file; append no result lines")
