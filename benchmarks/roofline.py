@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +50,7 @@ class Machine:
         return "arithmetic" if more else "memory"
 
 
-def gemm_rate(precision: Precision, device: torch.device, sides: Sequence[int] = GEMM_SIDES) -> float:
+def gemm_rate(precision: Precision, device: torch.device) -> float:
     """Floating-point operations a second of the best square matrix product, two a multiply-add.
 
     Sets the process-wide switches of that precision, as a step does.
@@ -58,7 +58,7 @@ def gemm_rate(precision: Precision, device: torch.device, sides: Sequence[int] =
     precision_.apply(precision, deterministic=False)
     dtype = precision_.dtype_of(precision)
     best = 0.0
-    for side in sides:
+    for side in GEMM_SIDES:
         one, other = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(one)
 
