@@ -182,23 +182,30 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     return harness.table(header, lines)
 
 
+def read_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        ConfigError: one line.
+    """
+    parser = command.Parser("benchmarks.data", __doc__.splitlines()[0] if __doc__ else "")
+    harness.add_options(parser)
+    parser.add_argument("--seconds", type=harness.positive, default=3.0, help="of each timing")
+    parser.add_argument("--repeats", type=command.at_least(1), default=5, help="timings of each variant")
+    parser.add_argument("--batch", type=command.at_least(1), default=128, help="images a batch")
+    parser.add_argument("--size", type=command.at_least(8), default=64, help="pixels of an image's side")
+    parser.add_argument("--threads", type=command.at_least(1), default=1, help="decode threads, except plain-pillow")
+    parser.add_argument("--only", type=harness.names, default=["*"], help=f"patterns of variants, beside {PEER}")
+    parser.add_argument("--tune", action="store_true", help="search for the decoder's best settings instead")
+    return parser.parse_args(words)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, record; the exit code is 0 or that of a user's error."""
     words = list(sys.argv[1:] if argv is None else argv)
 
     def body() -> None:
-        parser = command.Parser("benchmarks.data", __doc__.splitlines()[0] if __doc__ else "")
-        harness.add_options(parser)
-        parser.add_argument("--seconds", type=harness.positive, default=3.0, help="of each timing")
-        parser.add_argument("--repeats", type=command.at_least(1), default=5, help="timings of each variant")
-        parser.add_argument("--batch", type=command.at_least(1), default=128, help="images a batch")
-        parser.add_argument("--size", type=command.at_least(8), default=64, help="pixels of an image's side")
-        parser.add_argument(
-            "--threads", type=command.at_least(1), default=1, help="decode threads, except plain-pillow"
-        )
-        parser.add_argument("--only", type=harness.names, default=["*"], help=f"patterns of variants, beside {PEER}")
-        parser.add_argument("--tune", action="store_true", help="search for the decoder's best settings instead")
-        args = parser.parse_args(words)
+        args = read_arguments(words)
         recorder = Recorder("data", words, None if args.no_record else args.results)
         measure(args, recorder)
         if args.tune:

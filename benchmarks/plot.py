@@ -181,7 +181,9 @@ def draw_ranks(axes: Axes, rows: Rows) -> None:
     for kind, colour, marker in (("weak", OURS, "o"), ("strong", COMPILED, "s")):
         mine = [one, *(row for row in rows if row["variant"].startswith(kind) and row["ranks"] > 1)]
         shares = [100 * row["efficiency"] for row in mine]
-        reach = [[abs(100 * row["efficiency_interval"][i] - s) for row, s in zip(mine, shares, strict=True)] for i in (0, 1)]
+        reach = [
+            [abs(100 * row["efficiency_interval"][i] - s) for row, s in zip(mine, shares, strict=True)] for i in (0, 1)
+        ]
         axes.errorbar(
             [row["ranks"] for row in mine], shares, yerr=reach, color=colour, marker=marker, capsize=3,
             label=f"{kind}: batch {one['batch_size']} {'a rank' if kind == 'weak' else 'shared'}",

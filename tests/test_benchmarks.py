@@ -190,7 +190,7 @@ def test_every_container_holds_the_same_photographs(faces, tmp_path):
 @pytest.mark.parametrize(
     ("main", "words", "said"),
     [
-        (train.main, "--parts trainer,turbo", "--parts must be of trainer-fp32, tutorial"),
+        (train.main, "--parts trainer,turbo", "--parts must be of usual, peers, trainer-fp32, tutorial"),
         (train.main, "--data . --train.batchsize 4", "did you mean train.batch_size?"),
         (train.main, "--data . --data.image_size 48", "data.image_size and data.nc must be a power of two and 3"),
         (train.main, "--pairs 0", "must be an integer of at least 1"),

@@ -15,6 +15,7 @@ from pipeline.models import Discriminator, Generator, forward_flops
 CPU = torch.device("cpu")
 TINY = Setting(batch=3, device=CPU, precision="fp32", size=16, width=2, nz=5)
 BATCH = TINY.batch
+SMALL = "--batch 2 --size 16 --width 2 --device cpu"
 
 
 def cases(setting=TINY):
@@ -58,7 +59,8 @@ def test_the_convolutions_cases_are_the_networks():
 
 def test_bytes_of_a_convolution_are_those_that_must_move():
     first, second, *_ = ALL["conv"](TINY)
-    # Float32: 3 x 3 x 16 x 16 in, 2 x 3 x 4 x 4 weights, 3 x 2 x 8 x 8 out; then 3 x 2 x 8 x 8, 4 x 2 x 4 x 4, 3 x 4 x 4 x 4.
+    # Float32: 3 x 3 x 16 x 16 in, 2 x 3 x 4 x 4 weights, 3 x 2 x 8 x 8 out;
+    # then 3 x 2 x 8 x 8 in, 4 x 2 x 4 x 4 weights, 3 x 4 x 4 x 4 out.
     x, w, y = 4 * 2304, 4 * 96, 4 * 384
     assert first.forward == Cost(None, x + w + y)
     assert first.both == Cost(None, 2 * (x + w + y))  # no gradient to photographs
@@ -95,7 +97,9 @@ def test_names_of_cases_are_told_apart_and_lie_in_channels_last():
     assert len(set(names)) == len(names)
     for case in cases():
         for x in case.inputs:
-            assert x.dim() != 4 or x.dtype == torch.uint8 or x.is_contiguous(memory_format=torch.channels_last), case.name
+            assert x.dim() != 4 or x.dtype == torch.uint8 or x.is_contiguous(memory_format=torch.channels_last), (
+                case.name
+            )
 
 
 def test_the_error_is_a_share_of_the_norm():
@@ -115,7 +119,7 @@ def test_gradients_are_those_of_the_sum():
 def test_operations_are_measured_eager_compiled_and_ours(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(roofline, "GEMM_SIDES", (64,))
     monkeypatch.setattr(roofline, "_COPY_BYTES", {"cpu": 1 << 20})
-    words = f"--batch 2 --size 16 --width 2 --pairs 2 --block-ms 0.1 --device cpu --precision fp32 --results {tmp_path} "
+    words = f"{SMALL} --pairs 2 --block-ms 0.1 --precision fp32 --results {tmp_path}"
     with torch.compiler.set_stance("force_eager"):  # what is compiled is the definition: compiling it takes 20 s
         assert kernels.main([*words.split(), "--only", "normalize"]) == 0
     assert kernels.main([*words.split(), "--only", "bn-leaky-*,conv-2-4", "--ways", "ours"]) == 0
@@ -129,14 +133,16 @@ def test_operations_are_measured_eager_compiled_and_ours(tmp_path, capsys, monke
         assert row["fraction_of_bound"] == pytest.approx(row["bound_ms"] / row["ms"], rel=1e-3)
         assert row["images_per_s"] > 0
     compiled = rows["normalize/forward/compile"]
-    assert compiled["ratio_to_eager_interval"][0] <= compiled["ratio_to_eager"] <= compiled["ratio_to_eager_interval"][1]
+    assert (
+        compiled["ratio_to_eager_interval"][0] <= compiled["ratio_to_eager"] <= compiled["ratio_to_eager_interval"][1]
+    )
     assert rows["normalize/forward/custom"]["ratio_to_compile"] > 0
     assert "conv-2-4/both/eager" in capsys.readouterr().out
 
 
 def test_passes_that_come_too_late_are_left_out_and_named(monkeypatch, capsys):
     monkeypatch.setattr(roofline, "measure", lambda *_: Machine(1e9, 1e9))
-    assert kernels.main("--batch 2 --size 16 --width 2 --max-s 0.000001 --ways ours --no-record --device cpu".split()) == 2
+    assert kernels.main(f"{SMALL} --max-s 0.000001 --ways ours --no-record".split()) == 2
     said = capsys.readouterr().err
     assert "left out after --max-s 1e-06: normalize/forward, bn-leaky-4/forward" in said
     assert said.splitlines()[-1].startswith("benchmarks.kernels: error: --only must match an operation")

@@ -90,7 +90,11 @@ def test_lines_of_a_program_that_buffers_come_when_they_are_printed(tmp_path):
 
 def test_a_peer_that_ends_or_falls_silent_is_a_user_error(tmp_path):
     for text, patience, said in (
-        ("print('one')\nprint('no CelebA here')", 60, "ended after 2 lines, too few for its blocks; its last: no CelebA"),
+        (
+            "print('one')\nprint('no CelebA here')",
+            60,
+            "ended after 2 lines, too few for its blocks; its last: no CelebA",
+        ),
         ("import time\ntime.sleep(1000)", 0.1, "printed no line in 0.1 s"),
     ):
         (tmp_path / "p.py").write_text(text)
@@ -127,7 +131,7 @@ def test_the_compiled_loop_is_the_same_loop():
 
 def test_peers_are_measured_beside_the_tutorial(faces, tmp_path, program, capsys):
     words = f"--data {faces} --device cpu --batch 4 --pairs 2 --steps 1 --results {tmp_path} --parts tutorial,loader-2 "
-    words += f"--peer-batch 8 --peer-line Loss_D --data.image_size 16 --model.ngf 4 --model.ndf 4 "
+    words += "--peer-batch 8 --peer-line Loss_D --data.image_size 16 --model.ngf 4 --model.ndf 4 "
     words += f"--distributed.threads 1 --data.cache_dir {tmp_path / 'cache'}"
     assert train.main([*words.split(), "--peer", program]) == 0
     rows = {row["variant"]: row for row in map(json.loads, (tmp_path / "train.jsonl").read_text().splitlines())}
@@ -144,8 +148,10 @@ def test_peers_are_measured_beside_the_tutorial(faces, tmp_path, program, capsys
 
 
 def test_steps_are_measured_in_every_mode_beside_the_tutorials(faces, tmp_path, capsys):
-    words = f"--data {faces} --device cpu --batches 2,4 --pairs 2 --steps 1 --results {tmp_path} --modes eager,reference "
-    words += f"--precisions fp32 --data.image_size 16 --model.ngf 2 --model.ndf 2 --distributed.threads 1 "
+    words = (
+        f"--data {faces} --device cpu --batches 2,4 --pairs 2 --steps 1 --results {tmp_path} --modes eager,reference "
+    )
+    words += "--precisions fp32 --data.image_size 16 --model.ngf 2 --model.ndf 2 --distributed.threads 1 "
     words += f"--data.cache_dir {tmp_path / 'cache'}"
     assert step.main(words.split()) == 0
     rows = list(map(json.loads, (tmp_path / "step.jsonl").read_text().splitlines()))

@@ -77,7 +77,13 @@ def test_links_say_where_their_figures_are_from():
 
 def test_the_model_takes_the_fastest_steps_of_the_newest_run_on_a_gpu(tmp_path, capsys):
     def row(batch: int, images_per_s: float, **facts) -> str:
-        usual = {"variant": "eager-bf16", "device": "cuda", "commit": "b" * 40, "date": "2", "hardware": {"gpus": ["H"]}}
+        usual = {
+            "variant": "eager-bf16",
+            "device": "cuda",
+            "commit": "b" * 40,
+            "date": "2",
+            "hardware": {"gpus": ["H"]},
+        }
         return json.dumps(usual | {"batch_size": batch, "images_per_s": images_per_s} | facts) + "\n"
 
     rows = row(64, 1.0, date="1") + row(128, 64_000.0) + row(128, 32_000.0, variant="reference-fp32")
@@ -147,7 +153,9 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(words, said, capsys):
 
 def test_a_run_that_fails_is_named_by_its_last_line(tmp_path, monkeypatch, capsys):
     write_faces(tmp_path / "faces", 4, workers=1)
-    monkeypatch.setattr(scaling.subprocess, "run", lambda *_, **__: scaling.subprocess.CompletedProcess([], 65, "a\nb\n"))
+    monkeypatch.setattr(
+        scaling.subprocess, "run", lambda *_, **__: scaling.subprocess.CompletedProcess([], 65, "a\nb\n")
+    )
     words = f"--data {tmp_path / 'faces'} --device cpu --ranks 1 --repeats 1 --no-record"
     assert scaling.main(words.split()) == 1
     assert "the run on 1 rank(s) ended with 65: b" in capsys.readouterr().err
