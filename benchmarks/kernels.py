@@ -11,6 +11,8 @@ measured; `bound_ms` is what they take at the rates of matrix product and copy t
 `fraction_of_bound` how much of that is reached, `limited_by` which of the two it is.  On a GPU the times are the
 device's alone, and `host_ms` is what asking for a call takes.  `relative_error` is the result's distance from eager's
 as a share of its norm.
+A share above 1 is no mistake: inputs that fit into a cache are read faster than memory is, here as in a step, where
+another operation has just written them.
 """
 
 from __future__ import annotations
