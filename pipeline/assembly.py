@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from kernels import native
 from pipeline import distributed, precision
 from pipeline.cache import cache_kind
+from pipeline.choices import Candidates, Choices
 from pipeline.config import Config, ConfigError
 from pipeline.decode import Decoder, choose_decoder
 from pipeline.distributed import Ranks
-from pipeline.index import Dataset
-from pipeline.models import Discriminator, Generator, initialise
+from pipeline.index import Dataset, cache_folder
+from pipeline.models import Discriminator, Generator, initialise, native_problem
 from pipeline.precision import Precision
 from pipeline.schedule import Schedule
 from pipeline.step import FastStep, Players, ReferenceStep, Step, make_players
@@ -31,6 +35,10 @@ class Plan:
     """A sentence for each choice that was made automatically."""
     num_steps: int
     total_images: int
+    networks: str = "torch"
+    batchnorm: str = "torch"
+    gather: str = "torch"
+    """What does these operations, as under kernels; torch until `settle` has chosen."""
 
 
 def make_plan(cfg: Config, dataset: Dataset, ranks: Ranks) -> Plan:
@@ -49,6 +57,83 @@ def make_plan(cfg: Config, dataset: Dataset, ranks: Ranks) -> Plan:
     return Plan(decoder, cache, arithmetic, mode, reasons, num_steps, num_steps * cfg.train.batch_size)
 
 
+def settle(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices) -> Plan:
+    """The plan with an implementation for each operation; every rank calls it, and measures together with the others.
+
+    Raises:
+        ConfigError: a setting names an implementation that is not to be had here.
+    """
+    size = f"{cfg.per_rank(ranks.world_size)}x{cfg.data.nc}x{cfg.data.size[0]}x{cfg.data.size[1]} {plan.precision}"
+    wide = f"{size} ngf {cfg.model.ngf} ndf {cfg.model.ndf}"
+    networks, problem = _network_candidates(cfg, plan, ranks)
+    reasons = plan.reasons
+    if problem and plan.precision == "bf16" and ranks.device.type == "cpu":
+        if cfg.kernels.networks == "native":
+            raise ConfigError(f"kernels.networks must be auto or torch here, since {problem}, got 'native'")
+        reasons += (f"networks by torch: {problem}",)
+    return dataclasses.replace(
+        plan,
+        reasons=reasons,
+        networks=choices.pick("networks", wide, networks, cfg.kernels.networks),
+        batchnorm=choices.pick("batchnorm", wide, {"torch": _nothing}, cfg.kernels.batchnorm),
+        gather=choices.pick("gather", size, {"torch": _nothing}, cfg.kernels.gather),
+    )
+
+
+def _network_candidates(cfg: Config, plan: Plan, ranks: Ranks) -> tuple[Candidates, str]:
+    """What can run the networks' layers in training, each as a whole step at this rank's size; and why no more can."""
+    problem = _native_problem(cfg, plan, ranks)
+    if problem:
+        return {"torch": _nothing}, problem
+
+    def candidate(networks: Literal["torch", "native"]) -> Callable[[], None]:
+        made: list[Callable[[], object]] = []
+
+        def step() -> None:
+            if not made:  # by the rank that measures, when it does
+                made.append(_trial(cfg, dataclasses.replace(plan, networks=networks), ranks))
+            made[0]()
+
+        return step
+
+    return {"torch": candidate("torch"), "native": candidate("native")}, ""
+
+
+def _native_problem(cfg: Config, plan: Plan, ranks: Ranks) -> str:
+    """Why the AMX kernels cannot train these networks here; empty: they can, and are loaded."""
+    if ranks.device.type != "cpu" or plan.precision != "bf16":
+        return "the AMX kernels are for bf16 on a CPU"
+    if cfg.loss.r1 or cfg.loss.gradient_penalty:
+        return "the AMX kernels have no second derivative, which a penalty takes"
+    problem = native_problem(*_networks(cfg, torch.device("meta")), cfg.per_rank(ranks.world_size))
+    if problem:
+        return f"the AMX kernels cannot run them: {problem}"
+
+    def load() -> str:
+        try:
+            native.load(cache_folder(cfg.data))
+        except native.NativeError as error:
+            return f"the AMX kernels are not to be had: {error}"
+        return ""
+
+    return distributed.leader_first(ranks, load)
+
+
+def _trial(cfg: Config, plan: Plan, ranks: Ranks) -> Callable[[], object]:
+    """A step of networks of its own, on images and latents of no meaning."""
+    step = build_step(cfg, plan, ranks)
+    random = torch.Generator().manual_seed(0)
+    count = cfg.per_rank(ranks.world_size)
+    images = torch.randint(0, 256, (count, *cfg.data.size, cfg.data.nc), generator=random, dtype=torch.uint8)
+    latents = torch.randn(count, cfg.model.nz, generator=random)
+    images, latents = images.to(ranks.device), latents.to(ranks.device)
+    return lambda: step(images, latents, 0, count)
+
+
+def _nothing() -> None:
+    """What an operation that has one implementation only is timed by: it is not."""
+
+
 def _refuse_what_does_not_go_together(cfg: Config) -> None:
     """
     Raises:
@@ -64,11 +149,17 @@ def _refuse_what_does_not_go_together(cfg: Config) -> None:
         )
 
 
+def _networks(cfg: Config, device: torch.device) -> tuple[Generator, Discriminator]:
+    with device:
+        generator = Generator(cfg.model.nz, cfg.model.ngf, cfg.data.nc, *cfg.data.size)
+        discriminator = Discriminator(cfg.model.ndf, cfg.data.nc, *cfg.data.size, spectral_norm=cfg.model.spectral_norm)
+    return generator, discriminator
+
+
 def build_networks(cfg: Config, device: torch.device) -> tuple[Generator, Discriminator]:
     """Both networks with their initial weights, the same on every rank, on the device."""
     random = torch.Generator().manual_seed(cfg.run.seed)
-    generator = Generator(cfg.model.nz, cfg.model.ngf, cfg.data.nc, *cfg.data.size)
-    discriminator = Discriminator(cfg.model.ndf, cfg.data.nc, *cfg.data.size, spectral_norm=cfg.model.spectral_norm)
+    generator, discriminator = _networks(cfg, torch.device("cpu"))
     for network in (generator, discriminator):
         initialise(network, random)
         network.to(device=device)
@@ -80,6 +171,7 @@ def build_networks(cfg: Config, device: torch.device) -> tuple[Generator, Discri
 def build_step(cfg: Config, plan: Plan, ranks: Ranks) -> Step:
     """The networks under their optimisers, wrapped for many ranks, in the arrangement of the plan."""
     generator, discriminator = build_networks(cfg, ranks.device)
+    generator.native = discriminator.native = plan.networks == "native"
     if cfg.distributed.sync_batchnorm:
         distributed.synchronise_batchnorm(generator, ranks)
         distributed.synchronise_batchnorm(discriminator, ranks)

@@ -86,6 +86,7 @@ class Attempt:
             decoder=plan.decoder,
             cache=plan.cache,
             device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu",
+            choices=run.choices.layout(),
         )
         wrap_players(self.step.players, ranks, cfg)  # gives every rank rank 0's statistics, so it comes first
         self.meters = Meters(ranks.device, ranks.world_size)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from pipeline.config_error import ConfigError, require
+from pipeline.config_kernels import KernelsConfig
 from pipeline.config_learning import (
     INCEPTION_METRICS,
     METRICS,
@@ -29,6 +30,7 @@ __all__ = [
     "ConfigError",
     "DiscriminatorInputConfig",
     "EvalConfig",
+    "KernelsConfig",
     "LossConfig",
     "OptimConfig",
 ]
@@ -316,6 +318,8 @@ class Config:
     """How long, how much at a time."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Arithmetic of the convolutions; auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    """Which implementation does the work."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """Many ranks."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
