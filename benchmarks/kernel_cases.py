@@ -12,6 +12,7 @@ Legend: N images, C channels, H x W pixels; x input, y output, w weight, dy, dx,
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,8 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.harness import say
+from kernels import native, pixel_major
 from kernels.normalize import normalize, normalize_reference
-from pipeline.config import num_halvings
+from pipeline.config import DataConfig, num_halvings
+from pipeline.index import cache_folder
+from pipeline.models import LEAK
 from pipeline.precision import Precision, dtype_of
 
 Function = Callable[..., Tensor]
@@ -70,6 +75,17 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Way:
+    """An implementation of ours."""
+
+    function: Function
+    inputs: tuple[Tensor, ...] | None = None
+    """What it is called with, where it wants another layout or type; None: what the reference is called with."""
+    as_reference: Callable[[Tensor], Tensor] = lambda found: found
+    """Brings a result or a gradient of another layout into the reference's; a view."""
+
+
+@dataclass(frozen=True)
 class Case:
     """One operation at one shape."""
 
@@ -79,12 +95,12 @@ class Case:
     reference: Function
     """The definition, which is also what torch.compile gets."""
     inputs: tuple[Tensor, ...]
-    """What the reference and each of ours are called with; gradients are taken for those that require one."""
+    """What the reference is called with; gradients are taken for those that require one."""
     forward: Cost
     both: Cost | None = None
     """Of forward and backward together; None: has no gradient."""
-    ours: Mapping[str, Function] = field(default_factory=dict)
-    """Our implementations by name, taking the same inputs."""
+    ours: Mapping[str, Way] = field(default_factory=dict)
+    """Our implementations by name."""
     same: bool = True
     """Whether all give the same result for the same inputs, which does not hold where inputs change in place."""
 
@@ -104,29 +120,62 @@ def normalize_cases(setting: Setting) -> Iterator[Case]:
         lambda x: normalize_reference(x, setting.dtype),
         (images,),
         Cost(2 * images.numel(), images.numel() * (1 + setting.dtype.itemsize)),  # read once, written once
-        ours={"custom": lambda x: normalize(x, setting.dtype)},
+        ours={"custom": Way(lambda x: normalize(x, setting.dtype))},
     )
 
 
-def _convolution(name: str, shape: str, function: Function, x: Tensor, w: Tensor) -> Case:
+@functools.cache
+def _native() -> bool:
+    """Whether the AMX kernels are to be had here; why not is said once."""
+    try:
+        native.load(cache_folder(DataConfig()))
+    except native.NativeError as error:
+        say(f"native is left out: {error}")
+        return False
+    return True
+
+
+def _pixel_major(setting: Setting, function: Function, x: Tensor, *others: Tensor) -> dict[str, Way]:
+    """An AMX kernel over activations (H, W, N, C) with float32 weights, where it can work at this shape."""
+    channels = [side for t in (x, *others) for side in t.shape[:2] if t.dim() == 4 and side > 4]
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or setting.batch % pixel_major.IMAGES:
+        return {}
+    if any(c % pixel_major.CHANNELS for c in channels if c != setting.batch) or not _native():
+        return {}
+    moved = x.detach() if x.shape[1] <= 4 else pixel_major.from_images(x.detach())
+
+    def as_reference(found: Tensor) -> Tensor:
+        is_weight_or_images = found.dim() != 4 or found.shape[2:] == (4, 4) or found.shape[1] == 3
+        return found if is_weight_or_images else pixel_major.to_images(found)
+
+    own = (moved.requires_grad_(x.requires_grad), *(t.detach().float().requires_grad_() for t in others))
+    return {"native": Way(function, own, as_reference)}
+
+
+def _convolution(name: str, shape: str, function: Function, x: Tensor, w: Tensor, ours: Mapping[str, Way]) -> Case:
     y = function(x.detach(), w.detach())
     forward = size_of(x, w, y)  # x and w read, y written
     # dy and x read for dw, dy and w for dx, dw and dx written; dy comes once more, since each product reads it.
     backward = size_of(y, x, w) + size_of(y, w, x) if x.requires_grad else size_of(y, x, w)
-    return Case(name, shape, function, (x, w), Cost(None, forward), Cost(None, forward + backward))
+    return Case(name, shape, function, (x, w), Cost(None, forward), Cost(None, forward + backward), ours)
 
 
 def conv_cases(setting: Setting) -> Iterator[Case]:
-    """D's convolutions: 4 x 4 with stride 2, then the head."""
+    """D's convolutions: 4 x 4 with stride 2, the first with its activation, then the head."""
     channels, side = [3, *setting.widths], setting.size
     for outer, inner in itertools.pairwise(channels):
         x = setting.activations(outer, side).requires_grad_(outer != 3)  # nobody wants D's gradient in photographs
         w = setting.weight(inner, outer, 4, 4).requires_grad_()
-        yield _convolution(f"conv-{outer}-{inner}", f"{side}x{side}x{outer}", _conv, x, w)
+        shape, name = f"{side}x{side}x{outer}", f"{outer}-{inner}"
+        if outer == 3:
+            ours = _pixel_major(setting, lambda x, w: pixel_major.image_conv(x, w, LEAK), x, w)
+            yield _convolution(f"conv-leaky-{name}", shape, lambda x, w: F.leaky_relu(_conv(x, w), LEAK), x, w, ours)
+        else:
+            yield _convolution(f"conv-{name}", shape, _conv, x, w, _pixel_major(setting, pixel_major.conv, x, w))
         side //= 2
     x = setting.activations(channels[-1], side).requires_grad_()
     w = setting.weight(1, channels[-1], side, side).requires_grad_()
-    yield _convolution(f"conv-{channels[-1]}-1", f"{side}x{side}x{channels[-1]}", F.conv2d, x, w)
+    yield _convolution(f"conv-{channels[-1]}-1", f"{side}x{side}x{channels[-1]}", F.conv2d, x, w, {})
 
 
 def _conv(x: Tensor, w: Tensor) -> Tensor:
@@ -138,11 +187,13 @@ def conv_transpose_cases(setting: Setting) -> Iterator[Case]:
     widths, side = setting.widths[::-1], setting.size >> len(setting.widths)
     x = setting.activations(setting.nz, 1)  # latents have no gradient
     w = setting.weight(setting.nz, widths[0], side, side).requires_grad_()
-    yield _convolution(f"conv-transpose-{setting.nz}-{widths[0]}", f"1x1x{setting.nz}", F.conv_transpose2d, x, w)
+    yield _convolution(f"conv-transpose-{setting.nz}-{widths[0]}", f"1x1x{setting.nz}", F.conv_transpose2d, x, w, {})
     for inner, outer in itertools.pairwise([*widths, 3]):
         x = setting.activations(inner, side).requires_grad_()
         w = setting.weight(inner, outer, 4, 4).requires_grad_()
-        yield _convolution(f"conv-transpose-{inner}-{outer}", f"{side}x{side}x{inner}", _conv_transpose, x, w)
+        up = pixel_major.image_conv_transpose if outer == 3 else pixel_major.conv_transpose
+        ours = _pixel_major(setting, up, x, w)
+        yield _convolution(f"conv-transpose-{inner}-{outer}", f"{side}x{side}x{inner}", _conv_transpose, x, w, ours)
         side *= 2
 
 
@@ -154,7 +205,7 @@ def batchnorm_cases(setting: Setting) -> Iterator[Case]:
     """BatchNorm with its activation: LeakyReLU behind D's layers but the first, ReLU behind all of G's but the last."""
     sides = [setting.size >> (i + 1) for i in range(len(setting.widths))]
     places = list(zip(setting.widths, sides, strict=True))
-    layers = [("bn-leaky", 0.2, place) for place in places[1:]] + [("bn-relu", 0.0, place) for place in places]
+    layers = [("bn-leaky", LEAK, place) for place in places[1:]] + [("bn-relu", 0.0, place) for place in places]
     for name, slope, (channels, side) in layers:
         x = setting.activations(channels, side).requires_grad_()
         scale = torch.ones(channels, device=setting.device).requires_grad_()
@@ -167,7 +218,13 @@ def batchnorm_cases(setting: Setting) -> Iterator[Case]:
         # again for dx, which it writes.  About 10 operations a number forward and 15 backward, none of them a product.
         forward = Cost(10 * x.numel(), 3 * size_of(x))
         both = Cost(25 * x.numel(), 8 * size_of(x))
-        yield Case(f"{name}-{channels}", f"{side}x{side}x{channels}", reference, (x, scale, shift), forward, both)
+        shape = f"{side}x{side}x{channels}"
+
+        def fused(x: Tensor, scale: Tensor, shift: Tensor, slope: float = slope) -> Tensor:
+            return pixel_major.batchnorm_act(x, scale, shift, None, None, 0.1, 1e-5, slope)
+
+        ours = _pixel_major(setting, fused, x, scale, shift)
+        yield Case(f"{name}-{channels}", shape, reference, (x, scale, shift), forward, both, ours)
 
 
 ALL: dict[str, Callable[[Setting], Iterator[Case]]] = {

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from benchmarks import harness, roofline
 from benchmarks.harness import Recorder, say
-from benchmarks.kernel_cases import ALL, Case, Cost, Setting
+from benchmarks.kernel_cases import ALL, Case, Cost, Setting, Way
 from benchmarks.roofline import Machine
 from pipeline import precision
 from pipeline.cli import command
@@ -41,42 +41,46 @@ Call = Callable[[], Sequence[Tensor]]
 """Does the work once; gives its result, and with gradients those as well."""
 
 
-def forward_of(case: Case, function: Callable[..., Tensor]) -> Call:
+def forward_of(case: Case, way: Way) -> Call:
     """The operation without gradients."""
-    inputs = [x.detach() for x in case.inputs]
+    inputs = [x.detach() for x in way.inputs or case.inputs]
 
     def call() -> Sequence[Tensor]:
         with torch.no_grad():
-            return [function(*inputs)]
+            return [way.function(*inputs)]
 
     return call
 
 
-def both_of(case: Case, function: Callable[..., Tensor]) -> Call:
+def both_of(case: Case, way: Way) -> Call:
     """The operation and its gradients in all inputs that have one."""
-    wanted = [x for x in case.inputs if x.requires_grad]
+    inputs = way.inputs or case.inputs
+    wanted = [x for x in inputs if x.requires_grad]
     with torch.no_grad():
-        upstream = torch.ones_like(case.reference(*case.inputs))
+        upstream = torch.ones_like(way.function(*inputs))
 
     def call() -> Sequence[Tensor]:
-        y = function(*case.inputs)
+        y = way.function(*inputs)
         return [y.detach(), *torch.autograd.grad(y, wanted, upstream)]
 
     return call
 
 
-PASSES: Mapping[str, Callable[[Case, Callable[..., Tensor]], Call]] = {"forward": forward_of, "both": both_of}
+PASSES: Mapping[str, Callable[[Case, Way], Call]] = {"forward": forward_of, "both": both_of}
 
 
-def calls_of(case: Case, pass_name: str, ways: Sequence[str]) -> dict[str, Call]:
-    """The ways to do this pass, by name; eager is always among them."""
-    functions: dict[str, Callable[..., Tensor]] = {"eager": case.reference}
-    if "compile" in ways:
+def ways_of(case: Case, names: Sequence[str]) -> dict[str, Way]:
+    """The ways to do this operation, by name; eager is always among them."""
+    found = {"eager": Way(case.reference)}
+    if "compile" in names:
         torch.compiler.reset()  # each operation by itself: the limit on recompiling counts across them
-        functions["compile"] = torch.compile(case.reference, dynamic=False, fullgraph=True)
-    if "ours" in ways:
-        functions |= case.ours
-    return {name: PASSES[pass_name](case, function) for name, function in functions.items()}
+        found["compile"] = Way(torch.compile(case.reference, dynamic=False, fullgraph=True))
+    return found | (dict(case.ours) if "ours" in names else {})
+
+
+def result_of(case: Case, pass_name: str, way: Way) -> list[Tensor]:
+    """What that way comes to, in the layout of the reference."""
+    return [way.as_reference(found) for found in PASSES[pass_name](case, way)()]
 
 
 def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
@@ -111,7 +115,7 @@ def cost_of(case: Case, pass_name: str) -> Cost:
     assert cost is not None
     if cost.flops is not None:
         return cost
-    return Cost(roofline.counted_flops(PASSES[pass_name](case, case.reference)), cost.num_bytes)
+    return Cost(roofline.counted_flops(PASSES[pass_name](case, Way(case.reference))), cost.num_bytes)
 
 
 def measure_pass(
@@ -119,9 +123,10 @@ def measure_pass(
 ) -> Iterator[dict[str, Any]]:
     """The facts of a result line for each way to do this pass."""
     cost = cost_of(case, pass_name)
-    calls = calls_of(case, pass_name, args.ways)
+    ways = ways_of(case, args.ways)
+    calls = {name: PASSES[pass_name](case, way) for name, way in ways.items()}
     seconds = time_calls(calls, pairs=args.pairs, block_s=args.block_ms / 1e3, device=setting.device)
-    wanted = calls["eager"]()
+    wanted = result_of(case, pass_name, ways["eager"])
     bound_s = machine.bound_s(cost.flops or 0, cost.num_bytes)
     for name, each in seconds.items():
         found = harness.estimate(each)
@@ -146,7 +151,7 @@ def measure_pass(
                 ratio = harness.estimate(harness.ratios(seconds[peer], each))
                 facts |= {f"ratio_to_{peer}": ratio.median, f"ratio_to_{peer}_interval": [ratio.low, ratio.high]}
         if case.same:
-            facts["relative_error"] = relative_error(calls[name](), wanted)
+            facts["relative_error"] = relative_error(result_of(case, pass_name, ways[name]), wanted)
         if setting.device.type == "cuda":
             facts["host_ms"] = 1e3 * roofline.host_s(calls[name], 20, setting.device)
         yield facts

@@ -24,9 +24,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks import harness
+from benchmarks.arms import plan_of
 from benchmarks.plain_loop import EndlessShuffle
 from pipeline import precision
-from pipeline.assembly import Plan, build_step, make_plan
+from pipeline.assembly import Plan, build_step
 from pipeline.config import Config
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
@@ -77,7 +78,7 @@ class LoaderArm:
 
     def build(self, dataset: Photographs, ranks: Ranks) -> None:
         """The networks and their step."""
-        self.plan = make_plan(self.cfg, dataset, ranks)
+        self.plan = plan_of(self.cfg, dataset, ranks)
         precision.apply(self.plan.precision, deterministic=self.cfg.run.deterministic)
         self.step = build_step(self.cfg, self.plan, ranks)
 

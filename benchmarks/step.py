@@ -2,7 +2,8 @@
 
 What the result lines claim, by variant:
     tutorial         the plain loop's step (benchmarks/plain_loop.py): float32, contiguous, eager.
-    MODE-PRECISION   the trainer's step in that train.mode and precision: eager-bf16, reference-fp32, and so on.
+    MODE-PRECISION   the trainer's step in that train.mode and precision, eager-bf16, reference-fp32 and so on, with
+                     the implementations that a run would choose here; with several --networks a third word names them.
 All of one batch size take turns in one process, on the same photographs and latents, which lie in memory: nothing is
 read, fed, logged or saved.  `ratio_to_tutorial` is the images/s over the tutorial's in the same rounds with its 95 %
 bootstrap interval.  `tflops` counts what the algorithm needs (models.step_flops), also where a step does more;
@@ -18,6 +19,7 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import itertools
 import sys
 import time
 import typing
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness, roofline
+from benchmarks.arms import implementations, plan_of
 from benchmarks.harness import Recorder, say
 from benchmarks.plain_loop import CHANNELS, PlainLoop
 from pipeline import precision
@@ -36,6 +39,7 @@ from pipeline.assembly import Plan, build_step, make_plan
 from pipeline.cli import command
 from pipeline.cli.options import parse
 from pipeline.config import Config, ConfigError, TrainConfig
+from pipeline.config_kernels import KernelsConfig
 from pipeline.distributed import Ranks, num_threads
 from pipeline.feed import open_feed
 from pipeline.index import Dataset, open_dataset
@@ -79,7 +83,7 @@ class OurStep:
 
     def __init__(self, cfg: Config, dataset: Dataset, ranks: Ranks, batches: Batches) -> None:
         self.cfg, self.device, self.batches = cfg, ranks.device, batches
-        self.plan = make_plan(cfg, dataset, ranks)
+        self.plan = plan_of(cfg, dataset, ranks)
         precision.apply(self.plan.precision, deterministic=cfg.run.deterministic)
         self.step = build_step(cfg, self.plan, ranks)
         self.images_seen = 0
@@ -137,18 +141,20 @@ def measure_batch(
     batches = batches_of(cfg, dataset, make_plan(cfg, dataset, ranks), device)
     arms: dict[str, Callable[[int], float]] = {TUTORIAL: TutorialStep(cfg, device, batches).run}
     facts: dict[str, dict[str, Any]] = {TUTORIAL: {"mode": TUTORIAL, "precision": "fp32"}}
-    for mode in args.modes or modes():
-        for arithmetic in args.precisions:
-            own = with_step(cfg, batch=batch, mode=mode, arithmetic=arithmetic)
-            try:
-                ours = OurStep(own, dataset, ranks, batches)
-            except ConfigError as error:
-                if args.modes:
-                    raise
-                say(f"{mode}-{arithmetic} is left out: {error}")
-                continue
-            facts[f"{mode}-{arithmetic}"] = {"mode": mode, "precision": arithmetic}
-            arms[f"{mode}-{arithmetic}"] = ours.run
+    for mode, arithmetic, networks in itertools.product(args.modes or modes(), args.precisions, args.networks):
+        name = f"{mode}-{arithmetic}" + (f"-{networks}" if len(args.networks) > 1 else "")
+        own = with_step(cfg, batch=batch, mode=mode, arithmetic=arithmetic)
+        if networks != "auto":
+            own = dataclasses.replace(own, kernels=dataclasses.replace(own.kernels, networks=networks))
+        try:
+            ours = OurStep(own, dataset, ranks, batches)
+        except ConfigError as error:
+            if args.modes:
+                raise
+            say(f"{name} is left out: {error}")
+            continue
+        facts[name] = {"mode": mode, "precision": arithmetic} | implementations(ours.plan)
+        arms[name] = ours.run
     flops = networks_of(cfg).flops
     for name, run in arms.items():
         facts[name]["first_s"] = run(1)
@@ -229,10 +235,12 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--batches", type=harness.numbers, default=[128], help="images a step, between commas [128]")
     parser.add_argument("--modes", type=harness.names, help=f"of {', '.join(modes())} [all that can run here]")
     parser.add_argument("--precisions", type=harness.names, help=f"of {', '.join(PRECISIONS)} [fp32 and what auto is]")
+    parser.add_argument("--networks", type=harness.names, default=["auto"], help="of kernels.networks' [%(default)s]")
     parser.add_argument("--pairs", type=command.at_least(1), default=10, help="blocks of each step [%(default)s]")
     parser.add_argument("--steps", type=command.at_least(1), default=20, help="steps of a block [%(default)s]")
     args, settings = parser.parse_known_args(argv)
-    for option, known in (("modes", modes()), ("precisions", PRECISIONS)):
+    implementations_of = typing.get_args(typing.get_type_hints(KernelsConfig)["networks"])
+    for option, known in (("modes", modes()), ("precisions", PRECISIONS), ("networks", implementations_of)):
         for name in getattr(args, option) or ():
             if name not in known:
                 raise ConfigError(f"--{option} must be of {', '.join(known)}, got {name!r}")

@@ -51,7 +51,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness, roofline
-from benchmarks.arms import Arm, BareStep, TrainerArm
+from benchmarks.arms import Arm, BareStep, TrainerArm, implementations
 from benchmarks.harness import Recorder, say
 from benchmarks.peers import LoaderArm, PeerArm
 from benchmarks.plain_loop import CHANNELS, PlainLoop
@@ -235,6 +235,7 @@ def facts_of(arm: Arm, cfg: Config, dataset: Dataset) -> dict[str, Any]:
     if isinstance(trainer, TrainerArm | LoaderArm):
         plan = trainer.plan
         chosen = {"precision": plan.precision, "cache": plan.cache, "decoder": plan.decoder, "mode": plan.mode}
+        chosen |= implementations(plan)
         chosen["layout"] = "channels_last" if cfg.train.channels_last else "contiguous"
         if isinstance(trainer, LoaderArm):
             chosen["workers"] = trainer.workers

@@ -161,6 +161,7 @@ def test_steps_are_measured_in_every_mode_beside_the_tutorials(faces, tmp_path, 
         assert row["images_per_s"] == pytest.approx(sum(row["batch_size"] / s for s in row["block_s"]) / 2, rel=1e-3)
         assert row["fraction_of_gemm"] == pytest.approx(row["tflops"] / row["gemm_tflops"], rel=1e-3)
         assert row["first_s"] > 0
+        assert row.get("networks", "torch") == "torch"  # too narrow for any other
     assert rows[0]["ratio_to_tutorial"] == 1
     assert "reference-fp32" in capsys.readouterr().out
 
@@ -185,6 +186,7 @@ def test_the_tutorials_step_and_ours_get_the_same_pixels(faces, tmp_path):
     [
         (step.main, "--modes turbo", "--modes must be of eager, reference"),
         (step.main, "--precisions fp8", "--precisions must be of fp32, tf32, bf16, fp16, got 'fp8'"),
+        (step.main, "--networks turbo", "--networks must be of auto, torch, native, got 'turbo'"),
         (step.main, "--batches 0", "must be an integer of at least 1, got '0'"),
         (train.main, "--peer-line ( --data .", "--peer-line must be a regular expression, got '('"),
     ],
