@@ -183,7 +183,7 @@ def _conv(x: Tensor, w: Tensor) -> Tensor:
 
 
 def conv_transpose_cases(setting: Setting) -> Iterator[Case]:
-    """G's transposed convolutions: the first from 1 x 1, then 4 x 4 with stride 2."""
+    """G's transposed convolutions: the first from 1 x 1, then 4 x 4 with stride 2, the last with its tanh."""
     widths, side = setting.widths[::-1], setting.size >> len(setting.widths)
     x = setting.activations(setting.nz, 1)  # latents have no gradient
     w = setting.weight(setting.nz, widths[0], side, side).requires_grad_()
@@ -191,9 +191,14 @@ def conv_transpose_cases(setting: Setting) -> Iterator[Case]:
     for inner, outer in itertools.pairwise([*widths, 3]):
         x = setting.activations(inner, side).requires_grad_()
         w = setting.weight(inner, outer, 4, 4).requires_grad_()
-        up = pixel_major.image_conv_transpose if outer == 3 else pixel_major.conv_transpose
-        ours = _pixel_major(setting, up, x, w)
-        yield _convolution(f"conv-transpose-{inner}-{outer}", f"{side}x{side}x{inner}", _conv_transpose, x, w, ours)
+        shape, name = f"{side}x{side}x{inner}", f"{inner}-{outer}"
+        if outer == 3:
+            ours = _pixel_major(setting, lambda x, w: torch.tanh(pixel_major.image_conv_transpose(x, w)), x, w)
+            drawn = lambda x, w: torch.tanh(_conv_transpose(x, w))  # noqa: E731
+            yield _convolution(f"conv-transpose-tanh-{name}", shape, drawn, x, w, ours)
+        else:
+            ours = _pixel_major(setting, pixel_major.conv_transpose, x, w)
+            yield _convolution(f"conv-transpose-{name}", shape, _conv_transpose, x, w, ours)
         side *= 2
 
 

@@ -164,5 +164,10 @@ def test_every_operation_is_measured_on_a_gpu(tmp_path):
     words = f"--batch 8 --pairs 2 --block-ms 1 --device cuda --results {tmp_path} --ways eager,ours"
     assert kernels.main(words.split()) == 0
     rows = list(map(json.loads, (tmp_path / "kernels.jsonl").read_text().splitlines()))
-    assert {row["operation"] for row in rows} >= {"normalize", "conv-leaky-3-64", "conv-transpose-64-3", "bn-leaky-128"}
+    assert {row["operation"] for row in rows} >= {
+        "normalize",
+        "conv-leaky-3-64",
+        "conv-transpose-tanh-64-3",
+        "bn-leaky-128",
+    }
     assert all(row["host_ms"] > 0 and row["ms"] > 0 for row in rows)
