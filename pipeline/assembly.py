@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from pipeline import distributed, precision
 from pipeline.cache import cache_kind
@@ -18,7 +20,9 @@ from pipeline.index import Dataset
 from pipeline.models import Discriminator, Generator, initialise
 from pipeline.precision import Precision
 from pipeline.schedule import Schedule
-from pipeline.step import FastStep, Players, ReferenceStep, Step, make_players
+from pipeline.step import FastStep, ReferenceStep, Step, make_players
+from pipeline.step_compiled import CompiledStep, compile_problem
+from pipeline.step_graph import GraphStep
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,11 @@ def make_plan(cfg: Config, dataset: Dataset, ranks: Ranks) -> Plan:
         ConfigError: this machine cannot do what a setting asks for, or one setting not what another asks for.
     """
     _refuse_what_does_not_go_together(cfg)
+    _refuse_mode(cfg, ranks.device)
     decoder, why_decoder = choose_decoder(cfg.data)
     cache, why_cache = cache_kind(cfg.data, dataset, ranks.device, decoder=decoder)
     arithmetic = precision.resolve(cfg.precision, ranks.device)
-    mode = "eager" if cfg.train.mode == "auto" else cfg.train.mode
+    mode = "eager" if cfg.train.mode == "auto" else cfg.train.mode  # till `settle` has chosen
     num_steps = cfg.train.num_steps(len(dataset))
     reasons = (f"decoder {decoder}: {why_decoder}", f"cache {cache}: {why_cache}", f"precision {arithmetic}")
     return Plan(decoder, cache, arithmetic, mode, reasons, num_steps, num_steps * cfg.train.batch_size)
@@ -63,12 +68,64 @@ def settle(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices) -> Plan:
     """
     size = f"{cfg.per_rank(ranks.world_size)}x{cfg.data.nc}x{cfg.data.size[0]}x{cfg.data.size[1]} {plan.precision}"
     wide = f"{size} ngf {cfg.model.ngf} ndf {cfg.model.ndf}"
-    return dataclasses.replace(
+    plan = dataclasses.replace(
         plan,
         networks=choices.pick("networks", wide, {"torch": _nothing}, cfg.kernels.networks),
         batchnorm=choices.pick("batchnorm", wide, {"torch": _nothing}, cfg.kernels.batchnorm),
         gather=choices.pick("gather", size, {"torch": _nothing}, cfg.kernels.gather),
     )
+    if cfg.train.mode != "auto":
+        return plan
+    mode, why = settle_mode(cfg, plan, ranks, choices, f"{wide} {ranks.device.type}")
+    return dataclasses.replace(plan, mode=mode, reasons=(*plan.reasons, f"mode {mode}: {why}"))
+
+
+COMPILE_PAYS_IMAGES = 2_000_000
+"""torch.compile takes about a minute on a GPU and saves a share of the time that the rest takes: not of a short run."""
+
+
+def settle_mode(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices, key: str) -> tuple[str, str]:
+    """What train.mode auto means here, and why, as a sentence.
+
+    On a GPU each mode's step is measured, on rank 0 with its share of a batch and without the other ranks.  On a CPU
+    nothing is, since compiling takes longer than a small run; what a benchmark has found there before counts.
+    """
+    names = ["eager"]
+    if not cfg.distributed.sync_batchnorm:
+        if ranks.device.type == "cuda":
+            names.append("graph")
+        if not compile_problem(ranks.device) and (plan.total_images >= COMPILE_PAYS_IMAGES or names == ["eager"]):
+            names.append("compile")
+    if ranks.device.type != "cuda":
+        found = choices.recall("mode", key, names)
+        return found or "eager", choices.why("mode", key) or "on a CPU, unless another is measured to be faster."
+    mode = choices.pick("mode", key, {name: _steps_of(name, cfg, plan, ranks) for name in names})
+    return mode, choices.why("mode", key)
+
+
+def _steps_of(mode: str, cfg: Config, plan: Plan, ranks: Ranks) -> Callable[[], None]:
+    """A call that does one step of a training of its own, on noise."""
+    share = cfg.per_rank(ranks.world_size)
+    made: list[tuple[Step, Tensor, Tensor]] = []
+
+    def one_step() -> None:
+        if not made:
+            alone = dataclasses.replace(ranks, rank=0, world_size=1, local_world_size=1)
+            random = torch.Generator(ranks.device).manual_seed(0)
+            pixels = (share, *cfg.data.size, cfg.data.nc)
+            images = torch.randint(0, 256, pixels, generator=random, dtype=torch.uint8, device=ranks.device)
+            latents = torch.randn(share, cfg.model.nz, generator=random, device=ranks.device)
+            step = build_step(cfg, dataclasses.replace(plan, mode=mode), alone)
+            made.append((step, images, latents))
+            for i in range(_STEPS_BEFORE):  # till all is compiled and recorded
+                step(images, latents, i * share, share)
+        step, images, latents = made[0]
+        step(images, latents, _STEPS_BEFORE * share, share)
+
+    return one_step
+
+
+_STEPS_BEFORE = 12
 
 
 def _nothing() -> None:
@@ -90,6 +147,20 @@ def _refuse_what_does_not_go_together(cfg: Config) -> None:
         )
 
 
+def _refuse_mode(cfg: Config, device: torch.device) -> None:
+    """
+    Raises:
+        ConfigError: train.mode cannot be had with this device or these settings.
+    """
+    mode = cfg.train.mode
+    if mode == "graph" and device.type != "cuda":
+        raise ConfigError("train.mode must be auto, eager, reference or compile on a CPU, got 'graph'")
+    if mode == "compile" and compile_problem(device):
+        raise ConfigError(f"train.mode must be another than compile here: {compile_problem(device)}")
+    if mode in ("compile", "graph") and cfg.distributed.sync_batchnorm:
+        raise ConfigError(f"train.mode must be auto, eager or reference with distributed.sync_batchnorm, got {mode!r}")
+
+
 def build_networks(cfg: Config, device: torch.device) -> tuple[Generator, Discriminator]:
     """Both networks with their initial weights, the same on every rank, on the device."""
     random = torch.Generator().manual_seed(cfg.run.seed)
@@ -103,6 +174,15 @@ def build_networks(cfg: Config, device: torch.device) -> tuple[Generator, Discri
     return generator, discriminator
 
 
+STEPS: dict[str, type[Step]] = {
+    "eager": FastStep,
+    "reference": ReferenceStep,
+    "compile": CompiledStep,
+    "graph": GraphStep,
+}
+"""By train.mode."""
+
+
 def build_step(cfg: Config, plan: Plan, ranks: Ranks) -> Step:
     """The networks under their optimisers, wrapped for many ranks, in the arrangement of the plan."""
     generator, discriminator = build_networks(cfg, ranks.device)
@@ -111,8 +191,7 @@ def build_step(cfg: Config, plan: Plan, ranks: Ranks) -> Step:
         distributed.synchronise_batchnorm(discriminator, ranks)
     lr = cfg.optim.scaled_lr(cfg.train.batch_size)
     players = make_players(generator, discriminator, cfg.optim, lr=lr, precision=plan.precision)
-    kind = ReferenceStep if plan.mode == "reference" else FastStep
-    return kind(
+    return STEPS[plan.mode](
         players,
         plan.precision,
         channels_last=cfg.train.channels_last,
@@ -128,8 +207,9 @@ def build_step(cfg: Config, plan: Plan, ranks: Ranks) -> Step:
     )
 
 
-def wrap_players(players: Players, ranks: Ranks, cfg: Config) -> None:
+def wrap_players(step: Step, ranks: Ranks, cfg: Config) -> None:
     """Put both networks under DistributedDataParallel, where there are several ranks."""
     if ranks.world_size > 1:
-        for name in ("generator", "discriminator"):
-            players.parallel[name] = distributed.wrap(getattr(players, name), ranks, cfg.distributed)
+        with step.apart():
+            for name in ("generator", "discriminator"):
+                step.players.parallel[name] = distributed.wrap(step.players.bare(name), ranks, cfg.distributed)

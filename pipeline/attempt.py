@@ -88,7 +88,7 @@ class Attempt:
             device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu",
             choices=run.choices.layout(),
         )
-        wrap_players(self.step.players, ranks, cfg)  # gives every rank rank 0's statistics, so it comes first
+        wrap_players(self.step, ranks, cfg)  # gives every rank rank 0's statistics, so it comes first
         self.meters = Meters(ranks.device, ranks.world_size)
         distributed.together(self._restore)
         self.hosts = distributed.gather(socket.gethostname())
@@ -289,7 +289,7 @@ class Attempt:
     def _learning_rates(self) -> dict[str, float]:
         """G's, and D's where it has one of its own."""
         players = self.step.players
-        of_g, of_d = (optimizer.param_groups[0]["lr"] for optimizer in (players.optimizer_g, players.optimizer_d))
+        of_g, of_d = (float(each.param_groups[0]["lr"]) for each in (players.optimizer_g, players.optimizer_d))
         return {"learning_rate": of_g} | ({"learning_rate_d": of_d} if of_d != of_g else {})
 
     def _look_for_slow_ranks(self, own_ms: list[float], step_ms: float, seen: int) -> None:

@@ -62,8 +62,13 @@ class Choice:
 
     def line(self, name: str) -> str:
         """For a person: the name, the choice, the figures, the reason."""
+        return f"{name}: {self.choice} ({self.reason})"
+
+    @property
+    def reason(self) -> str:
+        """The figures and where they come from."""
         told = ", ".join(f"{candidate} {ms:.3g} ms" for candidate, ms in self.ms.items())
-        return f"{name}: {self.choice} ({told + '; ' if told else ''}{self.why})"
+        return f"{told}; {self.why}" if told else self.why
 
 
 class ChoicesError(ValueError):
@@ -246,6 +251,11 @@ class Choices:
             self.made[name] = choice
             self._on_leader(self._keep)
         return choice.choice if choice else ""
+
+    def why(self, operation: str, key: str) -> str:
+        """Where the choice comes from, with its figures, as a sentence; empty: none is made."""
+        choice = self.made.get(f"{operation} {key}")
+        return f"{choice.reason}." if choice else ""
 
     def _told(self, name: str, operation: str, names: list[str], setting: str) -> Choice | None:
         """What the user wants."""
