@@ -100,6 +100,7 @@ def settle_mode(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices, key: st
         found = choices.recall("mode", key, names)
         return found or "eager", choices.why("mode", key) or "on a CPU, unless another is measured to be faster."
     mode = choices.pick("mode", key, {name: _steps_of(name, cfg, plan, ranks) for name in names})
+    torch.cuda.empty_cache()  # of the modes that lost
     return mode, choices.why("mode", key)
 
 

@@ -278,6 +278,9 @@ class Attempt:
             self.run.log.write(row, self.progress)
             self._update_status(seen)
         self._look_for_slow_ranks(own_ms, 1e3 * cfg.train.batch_size / max(row["images_per_s"], 1e-9), seen)
+        news = self.step.news()
+        if news:
+            self._event(news, seen)
         collapsed = self.collapse.look(row, images)
         if collapsed:
             self._event(f"collapse: {collapsed}", seen)

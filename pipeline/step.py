@@ -228,6 +228,10 @@ class Step:
         """The context to wrap the networks in for many ranks."""
         return contextlib.nullcontext()
 
+    def news(self) -> str:
+        """What a person should know of the steps since this was last asked; mostly nothing."""
+        return ""
+
     def play(self, real: Tensor, latents: Tensor, turn: Turn) -> Tensor:
         """One round of the game; real is (N, C, H, W) in [-1, 1]."""
         raise NotImplementedError

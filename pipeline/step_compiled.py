@@ -68,6 +68,7 @@ class CompiledStep(FastStep):
         self.compiler = Compiler(backend)
         self.recompiles = 0
         """Graphs compiled in a step of a kind that had been compiled before; 0 where all is well."""
+        self._told = 0
         self._known: set[tuple[Any, ...]] = set()
         players.compiled = {name: self.compiler(getattr(players, name)) for name in ("generator", "discriminator")}
         frozen = {name: p.detach() for name, p in players.discriminator.named_parameters()}  # the same memory
@@ -88,6 +89,15 @@ class CompiledStep(FastStep):
             self.recompiles += self.compiler.num_graphs - before
         self._known.add(kind)
         return meters
+
+    def news(self) -> str:
+        told, self._told = self._told, self.recompiles
+        more = self.recompiles - told
+        return (
+            f"compile: {more} function(s) compiled anew, which costs time; TORCH_LOGS=recompiles says why"
+            if more
+            else ""
+        )
 
     def judge(self, images: Tensor) -> Tensor:
         outputs: Tensor = self._judge(images)

@@ -272,6 +272,8 @@ def test_a_compilation_in_a_step_of_a_known_kind_is_counted(compiling):
     torch._dynamo.reset()
     step(*data(1), N, N)
     assert step.recompiles == NUM_COMPILED
+    assert step.news().startswith(f"compile: {NUM_COMPILED} function(s) compiled anew")
+    assert step.news() == ""
 
 
 def compiled_ranks_equal_eager_ones(ranks):
