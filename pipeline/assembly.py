@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from pipeline import distributed, precision
 from pipeline.cache import cache_kind
-from pipeline.choices import Choices
 from pipeline.config import Config, ConfigError
 from pipeline.decode import Decoder, choose_decoder
 from pipeline.distributed import Ranks
@@ -40,7 +36,7 @@ class Plan:
     networks: str = "torch"
     batchnorm: str = "torch"
     gather: str = "torch"
-    """What does these operations, as under kernels; torch until `settle` has chosen."""
+    """What does these operations, as under kernels; torch until `candidates.settle` has chosen."""
 
 
 def make_plan(cfg: Config, dataset: Dataset, ranks: Ranks) -> Plan:
@@ -54,83 +50,10 @@ def make_plan(cfg: Config, dataset: Dataset, ranks: Ranks) -> Plan:
     decoder, why_decoder = choose_decoder(cfg.data)
     cache, why_cache = cache_kind(cfg.data, dataset, ranks.device, decoder=decoder)
     arithmetic = precision.resolve(cfg.precision, ranks.device)
-    mode = "eager" if cfg.train.mode == "auto" else cfg.train.mode  # till `settle` has chosen
+    mode = "eager" if cfg.train.mode == "auto" else cfg.train.mode  # till `candidates.settle` has chosen
     num_steps = cfg.train.num_steps(len(dataset))
     reasons = (f"decoder {decoder}: {why_decoder}", f"cache {cache}: {why_cache}", f"precision {arithmetic}")
     return Plan(decoder, cache, arithmetic, mode, reasons, num_steps, num_steps * cfg.train.batch_size)
-
-
-def settle(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices) -> Plan:
-    """The plan with an implementation for each operation; every rank calls it, and measures together with the others.
-
-    Raises:
-        ConfigError: a setting names an implementation that is not to be had here.
-    """
-    size = f"{cfg.per_rank(ranks.world_size)}x{cfg.data.nc}x{cfg.data.size[0]}x{cfg.data.size[1]} {plan.precision}"
-    wide = f"{size} ngf {cfg.model.ngf} ndf {cfg.model.ndf}"
-    plan = dataclasses.replace(
-        plan,
-        networks=choices.pick("networks", wide, {"torch": _nothing}, cfg.kernels.networks),
-        batchnorm=choices.pick("batchnorm", wide, {"torch": _nothing}, cfg.kernels.batchnorm),
-        gather=choices.pick("gather", size, {"torch": _nothing}, cfg.kernels.gather),
-    )
-    if cfg.train.mode != "auto":
-        return plan
-    mode, why = settle_mode(cfg, plan, ranks, choices, f"{wide} {ranks.device.type}")
-    return dataclasses.replace(plan, mode=mode, reasons=(*plan.reasons, f"mode {mode}: {why}"))
-
-
-COMPILE_PAYS_IMAGES = 2_000_000
-"""torch.compile takes about a minute on a GPU and saves a share of the time that the rest takes: not of a short run."""
-
-
-def settle_mode(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices, key: str) -> tuple[str, str]:
-    """What train.mode auto means here, and why, as a sentence.
-
-    On a GPU each mode's step is measured, on rank 0 with its share of a batch and without the other ranks.  On a CPU
-    nothing is, since compiling takes longer than a small run; what a benchmark has found there before counts.
-    """
-    names = ["eager"]
-    if not cfg.distributed.sync_batchnorm:
-        if ranks.device.type == "cuda":
-            names.append("graph")
-        if not compile_problem(ranks.device) and (plan.total_images >= COMPILE_PAYS_IMAGES or names == ["eager"]):
-            names.append("compile")
-    if ranks.device.type != "cuda":
-        found = choices.recall("mode", key, names)
-        return found or "eager", choices.why("mode", key) or "on a CPU, unless another is measured to be faster."
-    mode = choices.pick("mode", key, {name: _steps_of(name, cfg, plan, ranks) for name in names})
-    torch.cuda.empty_cache()  # of the modes that lost
-    return mode, choices.why("mode", key)
-
-
-def _steps_of(mode: str, cfg: Config, plan: Plan, ranks: Ranks) -> Callable[[], None]:
-    """A call that does one step of a training of its own, on noise."""
-    share = cfg.per_rank(ranks.world_size)
-    made: list[tuple[Step, Tensor, Tensor]] = []
-
-    def one_step() -> None:
-        if not made:
-            alone = dataclasses.replace(ranks, rank=0, world_size=1, local_world_size=1)
-            random = torch.Generator(ranks.device).manual_seed(0)
-            pixels = (share, *cfg.data.size, cfg.data.nc)
-            images = torch.randint(0, 256, pixels, generator=random, dtype=torch.uint8, device=ranks.device)
-            latents = torch.randn(share, cfg.model.nz, generator=random, device=ranks.device)
-            step = build_step(cfg, dataclasses.replace(plan, mode=mode), alone)
-            made.append((step, images, latents))
-            for i in range(_STEPS_BEFORE):  # till all is compiled and recorded
-                step(images, latents, i * share, share)
-        step, images, latents = made[0]
-        step(images, latents, _STEPS_BEFORE * share, share)
-
-    return one_step
-
-
-_STEPS_BEFORE = 12
-
-
-def _nothing() -> None:
-    """What an operation that has one implementation only is timed by: it is not."""
 
 
 def _refuse_what_does_not_go_together(cfg: Config) -> None:

@@ -79,6 +79,11 @@ class Players:
     def forward_d(self, images: Tensor, num_groups: int = 1) -> Tensor:
         return self.parallel.get("discriminator", self.bare("discriminator"))(images, num_groups)
 
+    def learning_rates(self) -> dict[str, float]:
+        """G's, and D's where it has one of its own.  Waits for the device where an optimiser keeps its own there."""
+        of_g, of_d = (float(each.param_groups[0]["lr"]) for each in (self.optimizer_g, self.optimizer_d))
+        return {"learning_rate": of_g} | ({"learning_rate_d": of_d} if of_d != of_g else {})
+
 
 def make_players(
     generator: Generator, discriminator: Discriminator, cfg: OptimConfig, *, lr: float, precision: Precision

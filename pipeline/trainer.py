@@ -18,9 +18,10 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from pipeline import checkpoint as checkpoints
 from pipeline import distributed, evaluating, precision, resume
-from pipeline.assembly import Plan, make_plan, settle
+from pipeline.assembly import Plan, make_plan
 from pipeline.attempt import Attempt, Data
 from pipeline.cache import Cached, build_cache, folder_identity
+from pipeline.candidates import settle
 from pipeline.choices import Choices
 from pipeline.config import Config, ConfigError
 from pipeline.distributed import Ranks
