@@ -51,7 +51,7 @@ class _Compiler:
                 else:
                     signature[name] = _describe(values[name], (i,), constexprs, attrs)
             source = ASTSource(self.kernel, signature, constexprs, attrs)
-            options = {"num_warps": num_warps, "num_stages": num_stages}
+            options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
             with self.others():  # what the kernel itself calls
                 built = triton.compile(source, target=GPUTarget("cuda", HOPPER, 32), options=options)
             assert built.asm["cubin"], self.kernel.__name__

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import batchnorm_act, language
+from kernels import adam_ema, batchnorm_act, language
 from tests.compiled import compiling
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ["tests/test_batchnorm_act.py"]
+TESTS = [f"tests/test_{name}.py" for name in ("batchnorm_act", "adam_ema")]
 
 pytestmark = pytest.mark.skipif(not language.AVAILABLE, reason="torch's wheel for the CPU comes without triton")
 
@@ -39,6 +39,16 @@ def test_batchnorm_act_compiles_for_hopper(groups: int, tmp_path: Path):
         batchnorm_act._forward_triton(x, parameter, parameter, *moments, 0.2, 1e-5)
         batchnorm_act._backward_triton(x, x, parameter, parameter, *moments, 0.2, 1e-5)
     assert built == ["_slice_moments", "_merge_moments", "_forward", "_slice_sums", "_merge_sums", "_backward"]
+
+
+def test_adam_ema_compiles_for_hopper(tmp_path: Path):
+    tensors, scalar = [torch.empty(n, 3) for n in (64, 1, 5)], torch.zeros(())
+    walked = tensors, tensors, tensors, tensors, [scalar] * 3
+    copies = [t.bfloat16() for t in tensors]
+    with compiling(adam_ema, str(tmp_path)) as built:
+        adam_ema._adam_ema_triton(*walked, tensors, copies, scalar, scalar, scalar, scalar, 0.5, 0.999, 1e-8, True)
+        adam_ema._adam_ema_triton(*walked, [], [], scalar, scalar, None, None, 0.5, 0.999, 1e-8, False)
+    assert built == ["_find_non_finite", "_advance", "_update", "_advance", "_update"]
 
 
 def test_without_triton_kernels_can_be_imported_and_say_what_they_miss():
