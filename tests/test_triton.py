@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import adam_ema, batchnorm_act, language
+from kernels import adam_ema, batchnorm_act, gather, language
 from tests.compiled import compiling
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = [f"tests/test_{name}.py" for name in ("batchnorm_act", "adam_ema")]
+TESTS = [f"tests/test_{name}.py" for name in ("batchnorm_act", "adam_ema", "gather")]
 
 pytestmark = pytest.mark.skipif(not language.AVAILABLE, reason="torch's wheel for the CPU comes without triton")
 
@@ -49,6 +49,14 @@ def test_adam_ema_compiles_for_hopper(tmp_path: Path):
         adam_ema._adam_ema_triton(*walked, tensors, copies, scalar, scalar, scalar, scalar, 0.5, 0.999, 1e-8, True)
         adam_ema._adam_ema_triton(*walked, [], [], scalar, scalar, None, None, 0.5, 0.999, 1e-8, False)
     assert built == ["_find_non_finite", "_advance", "_update", "_advance", "_update"]
+
+
+def test_gather_compiles_for_hopper(tmp_path: Path):
+    pixels, rows = torch.empty(9, 66, 66, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+    with compiling(gather, str(tmp_path)) as built:
+        gather._gather_triton(pixels, rows, rows.bool(), rows, rows, 64, 64, torch.bfloat16)
+        gather._gather_triton(pixels, rows, None, None, None, 66, 66, torch.float32)
+    assert built == ["_gather_kernel"] * 2
 
 
 def test_without_triton_kernels_can_be_imported_and_say_what_they_miss():
