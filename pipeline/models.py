@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from kernels.batchnorm_act import batchnorm_act
 from pipeline.config import num_halvings
 
 
@@ -85,6 +86,36 @@ def _full_precision(device_type: str) -> contextlib.AbstractContextManager[None]
     return torch.autocast(device_type, enabled=False)
 
 
+BatchNormAct = Literal["torch", "triton"]
+"""Who computes BatchNorm and the activation after it, in training: torch one after the other, or kernels/ as one."""
+
+
+def through(layers: nn.Sequential, x: Tensor, fused: BatchNormAct, num_groups: int = 1) -> Tensor:
+    """x through all layers, BatchNorm and the ReLU or LeakyReLU behind it as one where `fused` and the layer allow it.
+
+    Hooks on layers that were taken as one are not called.
+    """
+    waiting = iter(layers)
+    for layer in waiting:
+        if isinstance(layer, GroupedBatchNorm2d):
+            layer.num_groups = num_groups
+        if fused == "triton" and isinstance(layer, nn.BatchNorm2d) and _can_be_fused(layer):
+            activation: Any = next(waiting)
+            slope = activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.0
+            running: Any = layer.running_mean, layer.running_var, layer.num_batches_tracked
+            momentum: Any = layer.momentum
+            settings = {"slope": slope, "num_groups": num_groups, "momentum": momentum, "eps": layer.eps}
+            x = batchnorm_act(x, layer.weight, layer.bias, *running, **settings)
+        else:
+            x = layer(x)
+    return x
+
+
+def _can_be_fused(layer: nn.BatchNorm2d) -> bool:
+    """In training as usual.  Not where running statistics stand still: penalties then want a second derivative."""
+    return layer.training and layer.track_running_stats and layer.momentum is not None
+
+
 def initialise(network: nn.Module, generator: torch.Generator) -> None:
     """The paper's initial weights (section 3): convolutions N(0, 0.02), BatchNorm scales N(1, 0.02), shifts 0.
 
@@ -105,6 +136,8 @@ def initialise(network: nn.Module, generator: torch.Generator) -> None:
 class Generator(nn.Module):
     """Draws images from latent vectors: (N, nz) -> (N, nc, height, width) in [-1, 1]."""
 
+    batchnorm_act: BatchNormAct = "torch"
+
     def __init__(self, nz: int, ngf: int, nc: int, height: int, width: int) -> None:
         super().__init__()
         n = num_halvings(height, width)
@@ -116,7 +149,7 @@ class Generator(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, latents: Tensor) -> Tensor:
-        return torch.tanh(self.layers(latents[:, :, None, None]))
+        return torch.tanh(through(self.layers, latents[:, :, None, None], self.batchnorm_act))
 
 
 class Discriminator(nn.Module):
@@ -126,6 +159,8 @@ class Discriminator(nn.Module):
     layers.I.parametrizations.weight.original in place of layers.I.weight, and the singular vectors as buffers, so that
     one kind's state does not load into the other.
     """
+
+    batchnorm_act: BatchNormAct = "torch"
 
     def __init__(self, ndf: int, nc: int, height: int, width: int, *, spectral_norm: bool = False) -> None:
         super().__init__()
@@ -143,12 +178,7 @@ class Discriminator(nn.Module):
                 parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
 
     def forward(self, images: Tensor, num_groups: int = 1) -> Tensor:
-        x = images
-        for layer in self.layers:
-            if isinstance(layer, GroupedBatchNorm2d):
-                layer.num_groups = num_groups
-            x = layer(x)
-        return x.flatten()
+        return through(self.layers, images, self.batchnorm_act, num_groups).flatten()
 
 
 def forward_flops(network: Generator | Discriminator, height: int, width: int) -> list[int]:
