@@ -13,7 +13,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.decode import Decoder, choose_decoder
 from pipeline.distributed import Ranks
 from pipeline.index import Dataset
-from pipeline.models import Discriminator, Generator, initialise
+from pipeline.models import BatchNormAct, Discriminator, Generator, initialise
 from pipeline.precision import Precision
 from pipeline.schedule import Schedule
 from pipeline.step import FastStep, ReferenceStep, Step, make_players
@@ -34,7 +34,7 @@ class Plan:
     num_steps: int
     total_images: int
     networks: str = "torch"
-    batchnorm: str = "torch"
+    batchnorm: BatchNormAct = "torch"
     gather: str = "torch"
     """What does these operations, as under kernels; torch until `candidates.settle` has chosen."""
 
@@ -85,11 +85,18 @@ def _refuse_mode(cfg: Config, device: torch.device) -> None:
         raise ConfigError(f"train.mode must be auto, eager or reference with distributed.sync_batchnorm, got {mode!r}")
 
 
+def make_networks(cfg: Config, device: torch.device) -> tuple[Generator, Discriminator]:
+    """Both networks with torch's initial weights; on the meta device, with none."""
+    with device:
+        generator = Generator(cfg.model.nz, cfg.model.ngf, cfg.data.nc, *cfg.data.size)
+        discriminator = Discriminator(cfg.model.ndf, cfg.data.nc, *cfg.data.size, spectral_norm=cfg.model.spectral_norm)
+    return generator, discriminator
+
+
 def build_networks(cfg: Config, device: torch.device) -> tuple[Generator, Discriminator]:
     """Both networks with their initial weights, the same on every rank, on the device."""
     random = torch.Generator().manual_seed(cfg.run.seed)
-    generator = Generator(cfg.model.nz, cfg.model.ngf, cfg.data.nc, *cfg.data.size)
-    discriminator = Discriminator(cfg.model.ndf, cfg.data.nc, *cfg.data.size, spectral_norm=cfg.model.spectral_norm)
+    generator, discriminator = make_networks(cfg, torch.device("cpu"))
     for network in (generator, discriminator):
         initialise(network, random)
         network.to(device=device)
@@ -110,6 +117,9 @@ STEPS: dict[str, type[Step]] = {
 def build_step(cfg: Config, plan: Plan, ranks: Ranks) -> Step:
     """The networks under their optimisers, wrapped for many ranks, in the arrangement of the plan."""
     generator, discriminator = build_networks(cfg, ranks.device)
+    for network in (generator, discriminator):
+        network.native = plan.networks == "native"
+        network.batchnorm_act = plan.batchnorm
     if cfg.distributed.sync_batchnorm:
         distributed.synchronise_batchnorm(generator, ranks)
         distributed.synchronise_batchnorm(discriminator, ranks)

@@ -83,7 +83,7 @@ def machine_facts(device: torch.device, threads: int = 0) -> dict[str, Any]:
     """
     sources = hashlib.sha256()
     for path in sorted((ROOT / "kernels").rglob("*")):
-        if path.suffix in (".py", ".cpp", ".h"):
+        if path.suffix in (".py", ".c", ".h"):
             sources.update(path.name.encode() + path.read_bytes())
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

@@ -24,7 +24,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ONE = Ranks(0, 1, 0, 1, CPU)
 CFG = Config(data=DataConfig(image_size=16), model=ModelConfig(nz=4, ngf=2, ndf=2), train=TrainConfig(batch_size=4))
 PLAN = Plan("pillow", "none", "fp32", "eager", (), 10, 40)
-KEY = "mode 4x3x16x16 fp32 ngf 2 ndf 2 cpu"
+KEY = "mode 4x3x16x16 fp32 ngf 2 ndf 2 cpu networks torch batchnorm torch"
 
 
 def choices(tmp_path, **options) -> Choices:
@@ -88,13 +88,13 @@ def test_on_a_gpu_all_modes_are_measured_that_can_pay(tmp_path, monkeypatch, ima
 def test_what_is_measured_is_a_step_of_the_mode(monkeypatch):
     calls = []
     monkeypatch.setattr(module, "build_step", lambda cfg, plan, ranks: lambda *a: calls.append((plan.mode, a)))
-    one_step = module._steps_of("graph", CFG, PLAN, ONE)
+    one_step = module._steps_of(CFG, PLAN, ONE, mode="graph")
     one_step()
     one_step()
-    assert len(calls) == module._STEPS_BEFORE + 2
+    assert len(calls) == module._STEPS_BEFORE["cpu"] + 2
     mode, (images, latents, seen, batch_size) = calls[-1]
     assert (mode, images.shape, images.dtype, latents.shape) == ("graph", (4, 16, 16, 3), torch.uint8, (4, 4))
-    assert (seen, batch_size) == (module._STEPS_BEFORE * 4, 4)
+    assert (seen, batch_size) == (4, 4)
 
 
 def test_a_feed_normalises_only_on_a_gpu_from_its_memory_without_colours():
