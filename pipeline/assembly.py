@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -46,7 +46,7 @@ def make_plan(cfg: Config, dataset: Dataset, ranks: Ranks) -> Plan:
         ConfigError: this machine cannot do what a setting asks for, or one setting not what another asks for.
     """
     _refuse_what_does_not_go_together(cfg)
-    _refuse_mode(cfg, ranks.device)
+    require_mode(cfg, ranks.device)
     decoder, why_decoder = choose_decoder(cfg.data)
     cache, why_cache = cache_kind(cfg.data, dataset, ranks.device, decoder=decoder)
     arithmetic = precision.resolve(cfg.precision, ranks.device)
@@ -71,7 +71,7 @@ def _refuse_what_does_not_go_together(cfg: Config) -> None:
         )
 
 
-def _refuse_mode(cfg: Config, device: torch.device) -> None:
+def require_mode(cfg: Config, device: torch.device) -> None:
     """
     Raises:
         ConfigError: train.mode cannot be had with this device or these settings.
@@ -104,6 +104,9 @@ def build_networks(cfg: Config, device: torch.device) -> tuple[Generator, Discri
             network.to(memory_format=torch.channels_last)
     return generator, discriminator
 
+
+_NEVER = 1 << 30
+"""Steps between the wrapper's own timings, else 100: a recorded step must not hold one."""
 
 STEPS: dict[str, type[Step]] = {
     "eager": FastStep,
@@ -146,4 +149,7 @@ def wrap_players(step: Step, ranks: Ranks, cfg: Config) -> None:
     if ranks.world_size > 1:
         with step.apart():
             for name in ("generator", "discriminator"):
-                step.players.parallel[name] = distributed.wrap(step.players.bare(name), ranks, cfg.distributed)
+                wrapped: Any = distributed.wrap(step.players.bare(name), ranks, cfg.distributed)
+                if isinstance(step, GraphStep):
+                    wrapped._set_ddp_runtime_logging_sample_rate(_NEVER)
+                step.players.parallel[name] = wrapped
