@@ -6,6 +6,7 @@ Whatever is made for a measurement only is freed with it.
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -46,8 +47,7 @@ def settle(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices) -> Plan:
     wide = f"{size} ngf {cfg.model.ngf} ndf {cfg.model.ndf}"
     networks, problem = network_candidates(cfg, plan, ranks)
     if problem and plan.precision == "bf16" and ranks.device.type == "cpu":
-        if cfg.kernels.networks == "native":
-            raise ConfigError(f"kernels.networks must be auto or torch here, since {problem}, got 'native'")
+        distributed.together(lambda: _refuse_native(cfg, problem))
         plan = dataclasses.replace(plan, reasons=(*plan.reasons, f"networks by torch: {problem}"))
     plan = dataclasses.replace(plan, networks=choices.pick("networks", wide, networks, cfg.kernels.networks))
     batchnorms = batchnorm_candidates(cfg, plan, ranks)
@@ -60,6 +60,11 @@ def settle(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices) -> Plan:
     done_by = f"networks {plan.networks} batchnorm {plan.batchnorm}"
     mode, why = settle_mode(cfg, plan, ranks, choices, f"{wide} {ranks.device.type} {done_by}")
     return dataclasses.replace(plan, mode=mode, reasons=(*plan.reasons, f"mode {mode}: {why}"))
+
+
+def _refuse_native(cfg: Config, problem: str) -> None:
+    if cfg.kernels.networks == "native":
+        raise ConfigError(f"kernels.networks must be auto or torch here, since {problem}, got 'native'")
 
 
 def settle_mode(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices, key: str) -> tuple[str, str]:
@@ -76,10 +81,11 @@ def settle_mode(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices, key: st
         if can_compile and (plan.total_images >= COMPILE_PAYS_IMAGES or names == ["eager"]):
             names.append("compile")
     if ranks.device.type != "cuda":
-        found = choices.recall("mode", key, names)
-        return found or "eager", choices.why("mode", key) or "on a CPU, unless another is measured to be faster."
+        mode = choices.recall("mode", key, names, "on a CPU, where no other is known to be faster")
+        return mode, choices.why("mode", key)
     mode = choices.pick("mode", key, {name: _steps_of(cfg, plan, ranks, mode=name) for name in names})
-    torch.cuda.empty_cache()  # of the modes that lost
+    gc.collect()  # a graph and its step hold each other
+    torch.cuda.empty_cache()
     return mode, choices.why("mode", key)
 
 

@@ -36,7 +36,7 @@ def choices(tmp_path, **options) -> Choices:
 def test_on_a_cpu_the_plan_is_eager_and_torchs_and_says_why(tmp_path):
     plan = settle(CFG, PLAN, ONE, choices(tmp_path))
     assert (plan.mode, plan.networks, plan.batchnorm, plan.gather) == ("eager", "torch", "torch", "torch")
-    assert plan.reasons == ("mode eager: on a CPU, unless another is measured to be faster.",)
+    assert plan.reasons == ("mode eager: on a CPU, where no other is known to be faster.",)
 
 
 def test_on_a_cpu_a_mode_that_was_measured_to_be_faster_is_taken_with_its_figures(tmp_path):
@@ -131,8 +131,8 @@ def test_a_run_keeps_its_choices_and_says_what_it_uses_and_a_dry_run_prints_what
     assert "kernels               measured at the first start" in capsys.readouterr().out
     assert command.main(settings) == 0
     written = json.loads((tmp_path / "run/choices.json").read_text())
-    assert {name.split()[0] for name in written["choices"]} == {"networks", "batchnorm", "gather"}
-    assert "mode eager: on a CPU, unless another is measured to be faster." in status_of(tmp_path / "run")["fallbacks"]
+    assert {name.split()[0] for name in written["choices"]} == {"networks", "batchnorm", "gather", "mode"}
+    assert "mode eager: on a CPU, where no other is known to be faster." in status_of(tmp_path / "run")["fallbacks"]
     manifest = json.loads((tmp_path / "run/checkpoints/images-000000008/manifest.json").read_text())
     assert {k.split()[0]: v for k, v in manifest["layout"].items() if k.startswith("kernels.")} == {
         "kernels.networks": "torch",
