@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kernels import pixel_major
+from kernels.batchnorm_act import batchnorm_act
 from pipeline.config import num_halvings
 
 LEAK = 0.2
@@ -89,6 +90,36 @@ def _full_precision(device_type: str) -> contextlib.AbstractContextManager[None]
     return torch.autocast(device_type, enabled=False)
 
 
+BatchNormAct = Literal["torch", "triton"]
+"""Who computes BatchNorm and the activation after it, in training: torch one after the other, or kernels/ as one."""
+
+
+def through(layers: nn.Sequential, x: Tensor, fused: BatchNormAct, num_groups: int = 1) -> Tensor:
+    """x through all layers, BatchNorm and the ReLU or LeakyReLU behind it as one where `fused` and the layer allow it.
+
+    Hooks on layers that were taken as one are not called.
+    """
+    waiting = iter(layers)
+    for layer in waiting:
+        if isinstance(layer, GroupedBatchNorm2d):
+            layer.num_groups = num_groups
+        if fused == "triton" and isinstance(layer, nn.BatchNorm2d) and _can_be_fused(layer):
+            activation: Any = next(waiting)
+            slope = activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.0
+            running: Any = layer.running_mean, layer.running_var, layer.num_batches_tracked
+            momentum: Any = layer.momentum
+            settings = {"slope": slope, "num_groups": num_groups, "momentum": momentum, "eps": layer.eps}
+            x = batchnorm_act(x, layer.weight, layer.bias, *running, **settings)
+        else:
+            x = layer(x)
+    return x
+
+
+def _can_be_fused(layer: nn.BatchNorm2d) -> bool:
+    """In training as usual.  Not where running statistics stand still: penalties then want a second derivative."""
+    return layer.training and layer.track_running_stats and layer.momentum is not None
+
+
 def initialise(network: nn.Module, generator: torch.Generator) -> None:
     """The paper's initial weights (section 3): convolutions N(0, 0.02), BatchNorm scales N(1, 0.02), shifts 0.
 
@@ -109,6 +140,8 @@ def initialise(network: nn.Module, generator: torch.Generator) -> None:
 class Generator(nn.Module):
     """Draws images from latent vectors: (N, nz) -> (N, nc, height, width) in [-1, 1]."""
 
+    batchnorm_act: BatchNormAct = "torch"
+
     def __init__(self, nz: int, ngf: int, nc: int, height: int, width: int) -> None:
         super().__init__()
         n = num_halvings(height, width)
@@ -125,7 +158,7 @@ class Generator(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         if self.native and _trains_in_bf16(self):
             return torch.tanh(self._pixel_major(latents))
-        return torch.tanh(self.layers(latents[:, :, None, None]))
+        return torch.tanh(through(self.layers, latents[:, :, None, None], self.batchnorm_act))
 
     def _pixel_major(self, latents: Tensor) -> Tensor:
         first, *hidden, last = (m for m in self.layers if isinstance(m, nn.ConvTranspose2d))
@@ -146,6 +179,8 @@ class Discriminator(nn.Module):
     layers.I.parametrizations.weight.original in place of layers.I.weight, and the singular vectors as buffers, so that
     one kind's state does not load into the other.
     """
+
+    batchnorm_act: BatchNormAct = "torch"
 
     def __init__(self, ndf: int, nc: int, height: int, width: int, *, spectral_norm: bool = False) -> None:
         super().__init__()
@@ -168,12 +203,7 @@ class Discriminator(nn.Module):
     def forward(self, images: Tensor, num_groups: int = 1) -> Tensor:
         if self.native and _trains_in_bf16(self):
             return self._pixel_major(images, num_groups)
-        x = images
-        for layer in self.layers:
-            if isinstance(layer, GroupedBatchNorm2d):
-                layer.num_groups = num_groups
-            x = layer(x)
-        return x.flatten()
+        return through(self.layers, images, self.batchnorm_act, num_groups).flatten()
 
     def _pixel_major(self, images: Tensor, num_groups: int) -> Tensor:
         first, *hidden, last = (m for m in self.layers if isinstance(m, nn.Conv2d))

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from kernels import native
-from pipeline.assembly import make_plan, settle
+from pipeline.assembly import make_plan
+from pipeline.candidates import settle
 from pipeline.choices import Choices
 from pipeline.config import Config, ConfigError, DataConfig, DistributedConfig, KernelsConfig, LossConfig, ModelConfig
 from pipeline.distributed import Ranks, wrap
