@@ -14,6 +14,7 @@ from pipeline.sampling import recalibrated
 from pipeline.step import FastStep, Players
 from tests.players import BATCH, NZ, SIDE, assert_same, snapshot, tiny_players
 from tests.ranks import run_ranks
+from tests.test_gpu import data, make_step
 
 
 def players(fused: bool, precision: Any = "fp32") -> Players:
@@ -79,6 +80,41 @@ def test_a_layer_is_fused_with_its_own_slope():
         expected = network(x)
         network.batchnorm_act = "triton"
         torch.testing.assert_close(network(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_compiler_takes_it_without_a_graph_break():
+    torch.manual_seed(0)
+    network, plain = (Discriminator(2, 3, 16, 16) for _ in range(2))
+    plain.load_state_dict(network.state_dict())
+    network.batchnorm_act = "triton"
+    compiled = torch.compile(network, fullgraph=True, dynamic=False, backend="aot_eager")
+    x = torch.randn(4, 3, 16, 16)
+    for part in (compiled, plain):
+        part(x, num_groups=2).sum().backward()
+    one, other = (each.state_dict(keep_vars=True) for each in (network, plain))
+    for (key, mine), its in zip(one.items(), other.values(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-6, msg=key)
+        if mine.requires_grad:
+            torch.testing.assert_close(mine.grad, its.grad, rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arithmetic", ["fp32", "bf16", "fp16"])
+def test_on_a_gpu_steps_agree_with_torchs_and_nothing_waits(arithmetic: Any):
+    ours, theirs = (make_step(FastStep, arithmetic) for _ in range(2))
+    for network in (ours.players.generator, ours.players.discriminator):
+        network.batchnorm_act = "triton"
+    ours(*data(0), 0, 16)
+    theirs(*data(0), 0, 16)
+    torch.cuda.synchronize()
+    images, latents = data(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = ours(images, latents, 16, 16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    rounding = {"fp32": 1e-3, "bf16": 4e-2, "fp16": 2e-2}[arithmetic]
+    torch.testing.assert_close(found, theirs(*data(1), 16, 16), rtol=rounding, atol=rounding)
 
 
 def trains_alike(ranks: Ranks) -> None:
