@@ -144,6 +144,8 @@ class Generator(nn.Module):
 
     batchnorm_act: Kernels = "torch"
     image_ends: Kernels = "torch"
+    native: bool = False
+    """Train through the AMX kernels, where `native_problem` finds nothing against it."""
 
     def __init__(self, nz: int, ngf: int, nc: int, height: int, width: int) -> None:
         super().__init__()
@@ -154,9 +156,6 @@ class Generator(nn.Module):
             layers += [nn.BatchNorm2d(inner), nn.ReLU(inplace=True)]
             layers += [nn.ConvTranspose2d(inner, outer, 4, stride=2, padding=1, bias=False)]
         self.layers = nn.Sequential(*layers)
-
-    native: bool = False
-    """Train through the AMX kernels, where `native_problem` finds nothing against it."""
 
     def forward(self, latents: Tensor) -> Tensor:
         if self.native and _trains_in_bf16(self):
@@ -189,6 +188,8 @@ class Discriminator(nn.Module):
 
     batchnorm_act: Kernels = "torch"
     image_ends: Kernels = "torch"
+    native: bool = False
+    """Train through the AMX kernels, where `native_problem` finds nothing against it."""
 
     def __init__(self, ndf: int, nc: int, height: int, width: int, *, spectral_norm: bool = False) -> None:
         super().__init__()
@@ -204,9 +205,6 @@ class Discriminator(nn.Module):
         for layer in layers:
             if spectral_norm and isinstance(layer, nn.Conv2d):
                 parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
-
-    native: bool = False
-    """Train through the AMX kernels, where `native_problem` finds nothing against it."""
 
     def forward(self, images: Tensor, num_groups: int = 1) -> Tensor:
         if self.native and _trains_in_bf16(self):
