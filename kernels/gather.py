@@ -12,9 +12,12 @@ Legend: M images in memory of S x T pixels, N of a batch of H x W pixels, C chan
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from kernels import native
 from kernels.language import FOUR_WARPS, INTERPRETED, cdiv, jit, tl
 from kernels.normalize import normalize, normalize_reference
 
@@ -103,6 +106,31 @@ def _gather_triton(
     return out
 
 
+@functools.cache
+def _table(dtype: torch.dtype) -> Tensor:
+    """(256,) what each byte becomes."""
+    return normalize_reference(torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1), dtype).reshape(256)
+
+
+def _gather_native(
+    images: Tensor,
+    rows: Tensor,
+    flip: Tensor | None,
+    top: Tensor | None,
+    left: Tensor | None,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    memory = torch.empty(len(rows), height, width, images.shape[3], dtype=dtype)
+    call = native.library().dcgan_gather_16 if dtype.itemsize == 2 else native.library().dcgan_gather_32
+    flip = None if flip is None else flip.view(torch.uint8)
+    places = [None if each is None else each.contiguous() for each in (rows, flip, top, left)]
+    call(*map(native.pointer, (images, *places, _table(dtype), memory)),
+         len(rows), images.shape[1], images.shape[2], height, width, images.shape[3])  # fmt: skip
+    return memory.permute(0, 3, 1, 2)
+
+
 @torch.library.custom_op("dcgan::gather", mutates_args=(), device_types="cpu")
 def _gather(
     images: Tensor,
@@ -116,6 +144,8 @@ def _gather(
 ) -> Tensor:
     if INTERPRETED:
         return _gather_triton(images, rows, flip, top, left, height, width, dtype)
+    if native.loaded() and dtype.itemsize in (2, 4):
+        return _gather_native(images, rows, flip, top, left, height, width, dtype)
     return normalize(_picked(images, rows, flip, top, left, height, width), dtype)
 
 

@@ -23,7 +23,7 @@ from pipeline.choices import Candidates, Choices
 from pipeline.config import Config, ConfigError
 from pipeline.decode import window_shape
 from pipeline.distributed import Ranks
-from pipeline.feed import can_normalise
+from pipeline.feed import Batch, can_normalise, gatherer_on_cpu
 from pipeline.index import cache_folder
 from pipeline.models import native_problem
 from pipeline.step import Step
@@ -157,8 +157,10 @@ def batchnorm_candidates(cfg: Config, plan: Plan, ranks: Ranks) -> Candidates:
 def gathers(cfg: Config, plan: Plan, device: torch.device, share: int) -> Candidates:
     """Ways to make a batch out of decoded images on the device, each from there to [-1, 1]."""
     fits = can_normalise(cfg.data, device, cache=plan.cache, channels_last=cfg.train.channels_last)
-    if not fits or not language.AVAILABLE:
+    if not fits or (device.type == "cuda" and not language.AVAILABLE):
         return {"torch": _nothing}
+    if device.type == "cpu":
+        return _gathers_on_cpu(cfg, plan, share)
     dtype, size = precision.dtype_of(plan.precision), cfg.data.size
     made: list[tuple[Tensor, augment.Places]] = []
     params = augment.parameters(cfg.data, 0, np.arange(share))
@@ -183,3 +185,27 @@ def gathers(cfg: Config, plan: Plan, device: torch.device, share: int) -> Candid
         gather(images, places.rows, dtype, flip=places.flip, top=places.top, left=places.left, size=size)
 
     return {"torch": by_torch, "triton": by_triton}
+
+
+def _gathers_on_cpu(cfg: Config, plan: Plan, share: int) -> Candidates:
+    dtype, size = precision.dtype_of(plan.precision), cfg.data.size
+    params = augment.parameters(cfg.data, 0, np.arange(share))
+    made: list[tuple[np.ndarray, Batch]] = []
+
+    def source() -> tuple[np.ndarray, Batch]:
+        if not made:
+            random = np.random.default_rng(0)
+            shape = (_IMAGES_TO_GATHER_FROM, *window_shape(cfg.data))
+            images = random.integers(256, size=shape, dtype=np.uint8)
+            made.append((images, Batch(random.integers(_IMAGES_TO_GATHER_FROM, size=share), params)))
+        return made[0]
+
+    def by_torch() -> None:
+        images, batch = source()
+        normalize(torch.from_numpy(augment.take_numpy(images, batch.items, params, size)), dtype)
+
+    def by_native() -> None:
+        images, batch = source()
+        gatherer_on_cpu(torch.from_numpy(images), cfg.data, dtype)(batch)
+
+    return {"torch": by_torch, "native": by_native}

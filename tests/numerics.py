@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import native
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 """The CPU's own path, or, with TRITON_INTERPRET=1, Triton's kernels run by its interpreter; and a GPU."""
 
@@ -39,3 +41,11 @@ def fresh_memory_is_nan() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def load_native() -> None:
+    """The C kernels ready, or the test skipped with the reason why they cannot be."""
+    try:
+        native.load()
+    except native.NativeError as error:
+        pytest.skip(f"no C kernels here: {error}")

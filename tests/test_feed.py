@@ -23,6 +23,7 @@ from pipeline.feed import Feed, ReadAhead, open_feed
 from pipeline.index import Dataset, open_dataset
 from pipeline.order import Order, Slice
 from tests.images import jpeg_bytes, portrait
+from tests.numerics import load_native
 
 CPU = torch.device("cpu")
 COUNT = 37
@@ -281,3 +282,17 @@ def test_on_a_gpu_one_kernel_gives_what_normalising_the_batch_would(bench: Bench
         for batch, images in zip(batches, expected, strict=True):
             assert batch.is_contiguous(memory_format=torch.channels_last)
             assert torch.equal(batch.cpu(), normalize(images.cpu(), dtype))
+
+
+@pytest.mark.parametrize("kind", ["host", "device"])
+@pytest.mark.parametrize("settings", [{}, {"flip": True}, {"flip": True, "crop_margin": 3}])
+def test_on_a_cpu_the_c_kernel_gives_what_normalising_the_batch_would(
+    bench: Bench, kind: str, settings: dict[str, Any]
+) -> None:
+    load_native()
+    plain = {"crop_margin": 0, "flip": False, "contrast": 0.0, "hue": 0.0} | settings
+    expected = bench.take(kind, 8, **plain)
+    for dtype in (torch.float32, torch.bfloat16):
+        for batch, images in zip(bench.take(kind, 8, normalised=dtype, **plain), expected, strict=True):
+            assert batch.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(batch, normalize(images, dtype))

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import native
 from kernels.gather import _gather, gather, gather_reference
 from kernels.language import INTERPRETED
-from tests.numerics import DEVICES, FLOATS, fresh_memory_is_nan
+from tests.numerics import DEVICES, FLOATS, fresh_memory_is_nan, load_native
 
 CASES = [  # M, S, T, C, H, W, N
     (5, 9, 7, 3, 9, 7, 4),
@@ -16,6 +17,17 @@ CASES = [  # M, S, T, C, H, W, N
     (4, 12, 33, 4, 11, 32, 2),
     (1, 20, 24, 3, 20, 24, 1),
 ]
+
+
+@pytest.fixture(autouse=True, params=["torch", "native"])
+def _by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the plain way, then the C kernel."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "_library", None)
+    elif INTERPRETED:
+        pytest.skip("the interpreter is asked about Triton's kernel")
+    else:
+        load_native()
 
 
 @pytest.fixture(autouse=True)
