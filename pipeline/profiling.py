@@ -179,12 +179,16 @@ class Trace:
         table = profiled.key_averages().table(sort_by=by, row_limit=_ROWS)
         (self.folder / f"{self.name}.txt").write_text(table + "\n")
         self.told(table)
-        self.say(f"profile of {self.cfg.steps} steps: {path}")
+        self.say(f"profile of {self.steps - self.cfg.from_step + 1} steps: {path}")
 
     def close(self) -> None:
         """Stop; what was recorded of an unfinished trace is written too."""
-        if self._profile is not None:
+        if self.steps < self.cfg.from_step:
+            self.say(f"no profile: {self.steps} steps were made, and profile.from_step is {self.cfg.from_step}")
+        if self._profile is not None and self.steps >= self.cfg.from_step:
             self._end()
+        elif self._profile is not None:
+            self._profile.stop()
 
 
 class Look:
