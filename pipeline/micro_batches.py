@@ -63,7 +63,7 @@ class MicroBatchStep(FastStep):
                     fake = p.generator(z)
                     seen_fake = self.as_d_sees(fake, FAKE, part)
                 seen_real = self.as_d_sees(images, REAL, part)
-                loss, *both = self.judge(seen_real, seen_fake)
+                loss, *both = self.tell_apart(seen_real, seen_fake)
             penalised = self.with_penalties(loss, seen_real, seen_fake, part)
             if i == 0:
                 self.before_backward()
