@@ -16,12 +16,15 @@ from pipeline.decode import Decoder, choose_decoder
 from pipeline.distributed import Ranks
 from pipeline.index import Dataset
 from pipeline.micro_batches import MicroBatchStep
-from pipeline.models import Discriminator, Generator, initialise
+from pipeline.models import BatchNormAct, Discriminator, Generator, initialise
 from pipeline.optimisers import require_backend
 from pipeline.overlap import OverlappedStep
+from pipeline.players import make_players
 from pipeline.precision import Precision
 from pipeline.schedule import Schedule
-from pipeline.step import FastStep, Players, ReferenceStep, Step, make_players
+from pipeline.step import FastStep, ReferenceStep, Step
+from pipeline.step_compiled import CompiledStep, compile_problem
+from pipeline.step_graph import GraphStep
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,10 @@ class Plan:
     """A sentence for each choice that was made automatically."""
     num_steps: int
     total_images: int
+    networks: str = "torch"
+    batchnorm: BatchNormAct = "torch"
+    gather: str = "torch"
+    """What does these operations, as under kernels; torch until `candidates.settle` has chosen."""
 
 
 def make_plan(cfg: Config, dataset: Dataset, ranks: Ranks) -> Plan:
@@ -47,10 +54,11 @@ def make_plan(cfg: Config, dataset: Dataset, ranks: Ranks) -> Plan:
     _refuse_what_does_not_go_together(cfg)
     require_backend(cfg.optim.backend, ranks.device)
     distributed.require_compression(cfg.distributed, ranks)
+    _refuse_mode(cfg, ranks.device)
     decoder, why_decoder = choose_decoder(cfg.data)
     cache, why_cache = cache_kind(cfg.data, dataset, ranks.device, decoder=decoder)
     arithmetic = precision.resolve(cfg.precision, ranks.device)
-    mode = "eager" if cfg.train.mode == "auto" else cfg.train.mode
+    mode = "eager" if cfg.train.mode == "auto" else cfg.train.mode  # till `candidates.settle` has chosen
     num_steps = cfg.train.num_steps(len(dataset))
     reasons = (f"decoder {decoder}: {why_decoder}", f"cache {cache}: {why_cache}", f"precision {arithmetic}")
     return Plan(decoder, cache, arithmetic, mode, reasons, num_steps, num_steps * cfg.train.batch_size)
@@ -79,11 +87,32 @@ def _refuse_what_does_not_go_together(cfg: Config) -> None:
         )
 
 
+def _refuse_mode(cfg: Config, device: torch.device) -> None:
+    """
+    Raises:
+        ConfigError: train.mode cannot be had with this device or these settings.
+    """
+    mode = cfg.train.mode
+    if mode == "graph" and device.type != "cuda":
+        raise ConfigError("train.mode must be auto, eager, reference or compile on a CPU, got 'graph'")
+    if mode == "compile" and compile_problem(device):
+        raise ConfigError(f"train.mode must be another than compile here: {compile_problem(device)}")
+    if mode in ("compile", "graph") and cfg.distributed.sync_batchnorm:
+        raise ConfigError(f"train.mode must be auto, eager or reference with distributed.sync_batchnorm, got {mode!r}")
+
+
+def make_networks(cfg: Config, device: torch.device) -> tuple[Generator, Discriminator]:
+    """Both networks with torch's initial weights; on the meta device, with none."""
+    with device:
+        generator = Generator(cfg.model.nz, cfg.model.ngf, cfg.data.nc, *cfg.data.size)
+        discriminator = Discriminator(cfg.model.ndf, cfg.data.nc, *cfg.data.size, spectral_norm=cfg.model.spectral_norm)
+    return generator, discriminator
+
+
 def build_networks(cfg: Config, device: torch.device) -> tuple[Generator, Discriminator]:
     """Both networks with their initial weights, the same on every rank, on the device."""
     random = torch.Generator().manual_seed(cfg.run.seed)
-    generator = Generator(cfg.model.nz, cfg.model.ngf, cfg.data.nc, *cfg.data.size)
-    discriminator = Discriminator(cfg.model.ndf, cfg.data.nc, *cfg.data.size, spectral_norm=cfg.model.spectral_norm)
+    generator, discriminator = make_networks(cfg, torch.device("cpu"))
     for network in (generator, discriminator):
         initialise(network, random)
         network.to(device=device)
@@ -92,9 +121,21 @@ def build_networks(cfg: Config, device: torch.device) -> tuple[Generator, Discri
     return generator, discriminator
 
 
+STEPS: dict[str, type[Step]] = {
+    "eager": FastStep,
+    "reference": ReferenceStep,
+    "compile": CompiledStep,
+    "graph": GraphStep,
+}
+"""By train.mode."""
+
+
 def build_step(cfg: Config, plan: Plan, ranks: Ranks) -> Step:
     """The networks under their optimisers, wrapped for many ranks, in the arrangement of the plan."""
     generator, discriminator = build_networks(cfg, ranks.device)
+    for network in (generator, discriminator):
+        network.native = plan.networks == "native"
+        network.batchnorm_act = plan.batchnorm
     if cfg.distributed.sync_batchnorm:
         distributed.synchronise_batchnorm(generator, ranks)
         distributed.synchronise_batchnorm(discriminator, ranks)
@@ -118,17 +159,19 @@ def build_step(cfg: Config, plan: Plan, ranks: Ranks) -> Step:
 
 def _kind(cfg: Config, plan: Plan, ranks: Ranks) -> Callable[..., Step]:
     """The arrangement of the step that these settings come to."""
-    if plan.mode == "reference":
-        return ReferenceStep
     if cfg.train.micro_batch and cfg.train.micro_batch < cfg.per_rank(ranks.world_size):
         return functools.partial(MicroBatchStep, micro_batch=cfg.train.micro_batch)
-    return OverlappedStep if cfg.distributed.overlap_g and ranks.world_size > 1 else FastStep
+    if cfg.distributed.overlap_g and ranks.world_size > 1:
+        return OverlappedStep
+    return STEPS[plan.mode]
 
 
-def wrap_players(players: Players, ranks: Ranks, cfg: Config) -> None:
+def wrap_players(step: Step, ranks: Ranks, cfg: Config) -> None:
     """Put both networks under DistributedDataParallel, where there are several ranks."""
     if ranks.world_size > 1:
+        players = step.players
         if cfg.distributed.overlap_g:
             players.late = distributed.LateReduction(ranks, cfg.distributed.compress)
-        for name, late in (("generator", players.late), ("discriminator", None)):
-            players.parallel[name] = distributed.wrap(getattr(players, name), ranks, cfg.distributed, late)
+        with step.apart():
+            for name, late in (("generator", players.late), ("discriminator", None)):
+                players.parallel[name] = distributed.wrap(players.bare(name), ranks, cfg.distributed, late)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from pipeline import checkpoint as checkpoints
-from pipeline import distributed, evaluating, precision, resume
+from pipeline import distributed, evaluating, garbage, precision, resume
 from pipeline.assembly import Plan, build_step, wrap_players
 from pipeline.cache import Cached
 from pipeline.checkpoint_writer import Snapshots, Writer
@@ -87,8 +87,9 @@ class Attempt:
             decoder=plan.decoder,
             cache=plan.cache,
             device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu",
+            choices=run.choices.layout(),
         )
-        wrap_players(self.step.players, ranks, cfg)  # gives every rank rank 0's statistics, so it comes first
+        wrap_players(self.step, ranks, cfg)  # gives every rank rank 0's statistics, so it comes first
         self.meters = Meters(ranks.device, ranks.world_size)
         distributed.together(self._restore)
         self.slow = SlowWatch(distributed.gather(socket.gethostname()), cfg.watch.slow_rank_ratio)
@@ -113,11 +114,11 @@ class Attempt:
             checkpoints.restore_weights(players, checkpoints.load(source))
             self.run.say(f"weights from {source.folder}, counters at zero")
 
-    def _feed(self, start: int, part: Slice) -> Feed:
+    def _feed(self, start: int, part: Slice, normalised: torch.dtype | None = None) -> Feed:
         return open_feed(
             self.cfg.data, self.data.dataset, seed=self.cfg.run.seed, shard=part, device=self.ranks.device,
             images_seen=start, threads=self.data.threads, decoder=self.plan.decoder, cached=self.data.cached,
-            samples=self.data.samples,
+            samples=self.data.samples, normalised=normalised,
         )  # fmt: skip
 
     def train(self) -> Outcome:
@@ -145,11 +146,13 @@ class Attempt:
             self.hang = HangWatch(cfg.watch.hang_s, self.folder.path, ranks.rank, self.run.hung)
             stack.callback(self.hang.close)
             self.run.on_leader(self._begin)
-            feed = self._feed(self.images_seen + self.history.order_offset, self.shard)
+            dtype = None if self.plan.gather == "torch" else precision.dtype_of(self.plan.precision)
+            feed = self._feed(self.images_seen + self.history.order_offset, self.shard, dtype)
             stack.callback(feed.close)
             self.timing = Timing(feed, float(found.manifest["elapsed_s"]) if found else 0.0)
             self.look = Look(self.run, self.step, self.plan.mode, self.images_seen, self.timing.paused)
             stack.callback(self.look.close)
+            stack.enter_context(garbage.collected_between_steps())
             self.run.training_begins()
             reason = ALL_SEEN
             try:
@@ -197,6 +200,7 @@ class Attempt:
             Maintenance(every_step, self._vote),  # may end the run: after what else is due at this step
             Maintenance(cfg.checkpoint.every_images, self._save_if_good),
             *([Maintenance(cfg.eval.every_images, self._evaluate)] if self.data.evaluation else []),
+            Maintenance(garbage.EVERY_STEPS * every_step, garbage.collect),
             Maintenance(every_step, begin),  # last: what maintenance takes is no work
         ]
         self.look.begin()
@@ -285,8 +289,8 @@ class Attempt:
             self.run.log.write(row, self.progress)
             self._update_status(seen)
         slow = self.slow.look(own_ms, 1e3 * cfg.train.batch_size / max(row["images_per_s"], 1e-9))
-        if slow:
-            self._event(slow, seen)
+        for news in filter(None, (slow, self.step.news())):
+            self._event(news, seen)
         collapsed = self.collapse.look(row, images)
         if collapsed:
             self._event(f"collapse: {collapsed}", seen)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from pipeline.config_error import ConfigError, require
+from pipeline.config_kernels import KernelsConfig
 from pipeline.config_learning import (
     INCEPTION_METRICS,
     METRICS,
@@ -30,6 +31,7 @@ __all__ = [
     "ConfigError",
     "DiscriminatorInputConfig",
     "EvalConfig",
+    "KernelsConfig",
     "LossConfig",
     "OptimConfig",
     "ProfileConfig",
@@ -157,8 +159,10 @@ class TrainConfig:
     """Images after which training ends, if num_epochs does not end it sooner; 0: no such limit."""
     max_minutes: float = 0.0
     """Minutes after which this start saves and stops as if preempted, for a queue's time limit; 0: no such limit."""
-    mode: Literal["auto", "eager", "reference"] = "auto"
-    """How a step runs: reference is the tutorial's arrangement, eager a faster one of equal results; auto: eager."""
+    mode: Literal["auto", "eager", "reference", "compile", "graph"] = "auto"
+    """How a step runs: reference is the tutorial's arrangement, eager a faster one of equal results, compile the same
+    by torch.compile, graph the same as one CUDA graph; auto: the fastest of these on a GPU, measured at the run's first
+    start, and eager on a CPU unless another has been measured to be faster there."""
     micro_batch: int = 0
     """Images of a rank that go through the networks at a time, for batches that do not fit into memory; 0: all of them.
     Gradients add up over these; BatchNorm has its own statistics for each. At least 2, a divisor of a rank's part."""
@@ -328,6 +332,8 @@ class Config:
     """How long, how much at a time."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Arithmetic of the convolutions; auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    """Which implementation does the work."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """Many ranks."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -25,12 +25,12 @@ from pipeline.errors import StorageError
 from pipeline.index import Dataset
 from pipeline.loop import Maintenance
 from pipeline.meters import METRICS_FILE, Log, rows_up_to, write_rows
+from pipeline.players import Players
 from pipeline.resume import value_of
 from pipeline.runfolder import RunFolder
 from pipeline.samples import Samples
 from pipeline.sampling import recalibrated
 from pipeline.showing import average_of
-from pipeline.step import Players
 
 if TYPE_CHECKING:
     from pipeline.metrics.evaluation import Evaluation

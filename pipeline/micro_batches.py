@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.penalties import running_statistics_kept
 from pipeline.step import FAKE, REAL, FastStep, Turn
 
 
@@ -56,10 +55,11 @@ class MicroBatchStep(FastStep):
         assert len(real) % self.micro_batch == 0
         share = self.micro_batch / len(real)
         fakes, logits, losses, penalties = [], [], [], []
+        statistics = [(buffer, buffer.clone()) for buffer in p.generator.buffers()]
         p.optimizer_d.zero_grad()
         for i, (images, z, part) in enumerate(self._parts("discriminator", real, latents, turn)):
             with self.autocast():
-                with torch.no_grad(), running_statistics_kept(p.generator):
+                with torch.no_grad():
                     fake = p.generator(z)
                     seen_fake = self.as_d_sees(fake, FAKE, part)
                 seen_real = self.as_d_sees(images, REAL, part)
@@ -74,6 +74,8 @@ class MicroBatchStep(FastStep):
             losses.append(loss.detach())
             logits.append(torch.stack([each.detach() for each in both]))
             penalties.append(self.penalty.clone())
+        for buffer, before in statistics:  # that G draws for D does not count
+            buffer.copy_(before)
         self.penalty.copy_(torch.stack(penalties).mean(0))
         self.update_d()
 
@@ -91,16 +93,14 @@ class MicroBatchStep(FastStep):
         share = self.micro_batch / len(real)
         losses, logits = [], []
         p.optimizer_g.zero_grad()
-        p.discriminator.requires_grad_(False)
         for _, z, part in self._parts("generator", real, latents, turn):
             with self.autocast():
-                after = p.discriminator(self.as_d_sees(p.forward_g(z), FAKE, part))
-                loss = self.losses.generator(after)
+                after = self.judge(self.as_d_sees(p.forward_g(z), FAKE, part))
+                loss = self.loss_g(after)
             self.mark("forward")
             p.scaler_g.scale(share * loss).backward()
             self.mark("backward")
             losses.append(loss.detach())
             logits.append(after.detach())
-        p.discriminator.requires_grad_(True)
         self.update_g()
         return torch.stack(losses).mean(), torch.cat(logits)

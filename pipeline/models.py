@@ -10,14 +10,19 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from kernels import pixel_major
+from kernels.batchnorm_act import batchnorm_act
 from pipeline.config import num_halvings
+
+LEAK = 0.2
+"""Slope of D's activations below 0."""
 
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
@@ -85,6 +90,36 @@ def _full_precision(device_type: str) -> contextlib.AbstractContextManager[None]
     return torch.autocast(device_type, enabled=False)
 
 
+BatchNormAct = Literal["torch", "triton"]
+"""Who computes BatchNorm and the activation after it, in training: torch one after the other, or kernels/ as one."""
+
+
+def through(layers: nn.Sequential, x: Tensor, fused: BatchNormAct, num_groups: int = 1) -> Tensor:
+    """x through all layers, BatchNorm and the ReLU or LeakyReLU behind it as one where `fused` and the layer allow it.
+
+    Hooks on layers that were taken as one are not called.
+    """
+    waiting = iter(layers)
+    for layer in waiting:
+        if isinstance(layer, GroupedBatchNorm2d):
+            layer.num_groups = num_groups
+        if fused == "triton" and isinstance(layer, nn.BatchNorm2d) and _can_be_fused(layer):
+            activation: Any = next(waiting)
+            slope = activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.0
+            running: Any = layer.running_mean, layer.running_var, layer.num_batches_tracked
+            momentum: Any = layer.momentum
+            settings = {"slope": slope, "num_groups": num_groups, "momentum": momentum, "eps": layer.eps}
+            x = batchnorm_act(x, layer.weight, layer.bias, *running, **settings)
+        else:
+            x = layer(x)
+    return x
+
+
+def _can_be_fused(layer: nn.BatchNorm2d) -> bool:
+    """In training as usual.  Not where running statistics stand still: penalties then want a second derivative."""
+    return layer.training and layer.track_running_stats and layer.momentum is not None
+
+
 def initialise(network: nn.Module, generator: torch.Generator) -> None:
     """The paper's initial weights (section 3): convolutions N(0, 0.02), BatchNorm scales N(1, 0.02), shifts 0.
 
@@ -105,6 +140,8 @@ def initialise(network: nn.Module, generator: torch.Generator) -> None:
 class Generator(nn.Module):
     """Draws images from latent vectors: (N, nz) -> (N, nc, height, width) in [-1, 1]."""
 
+    batchnorm_act: BatchNormAct = "torch"
+
     def __init__(self, nz: int, ngf: int, nc: int, height: int, width: int) -> None:
         super().__init__()
         n = num_halvings(height, width)
@@ -115,8 +152,24 @@ class Generator(nn.Module):
             layers += [nn.ConvTranspose2d(inner, outer, 4, stride=2, padding=1, bias=False)]
         self.layers = nn.Sequential(*layers)
 
+    native: bool = False
+    """Train through the AMX kernels, where `native_problem` finds nothing against it."""
+
     def forward(self, latents: Tensor) -> Tensor:
-        return torch.tanh(self.layers(latents[:, :, None, None]))
+        if self.native and _trains_in_bf16(self):
+            return torch.tanh(self._pixel_major(latents))
+        return torch.tanh(through(self.layers, latents[:, :, None, None], self.batchnorm_act))
+
+    def _pixel_major(self, latents: Tensor) -> Tensor:
+        first, *hidden, last = (m for m in self.layers if isinstance(m, nn.ConvTranspose2d))
+        norms = [m for m in self.layers if isinstance(m, nn.BatchNorm2d)]
+        nz, channels, height, width = first.weight.shape
+        # Each pixel of the first layer is a product of its own: (N, nz) by (nz, C).
+        x = torch.matmul(latents, first.weight.permute(2, 3, 0, 1).reshape(height * width, nz, channels))
+        x = x.view(height, width, len(latents), channels)
+        for norm, conv in zip(norms, hidden, strict=False):
+            x = pixel_major.conv_transpose(_normalised(norm, x, 0.0), conv.weight)
+        return pixel_major.image_conv_transpose(_normalised(norms[-1], x, 0.0), last.weight)
 
 
 class Discriminator(nn.Module):
@@ -127,28 +180,72 @@ class Discriminator(nn.Module):
     one kind's state does not load into the other.
     """
 
+    batchnorm_act: BatchNormAct = "torch"
+
     def __init__(self, ndf: int, nc: int, height: int, width: int, *, spectral_norm: bool = False) -> None:
         super().__init__()
         n = num_halvings(height, width)
         widths = [ndf * min(8, 1 << i) for i in range(n)]
         layers: list[nn.Module] = [nn.Conv2d(nc, widths[0], 4, stride=2, padding=1, bias=False)]
-        layers += [nn.LeakyReLU(0.2, inplace=True)]
+        layers += [nn.LeakyReLU(LEAK, inplace=True)]
         for outer, inner in itertools.pairwise(widths):
             layers += [nn.Conv2d(outer, inner, 4, stride=2, padding=1, bias=False)]
-            layers += [GroupedBatchNorm2d(inner), nn.LeakyReLU(0.2, inplace=True)]
+            layers += [GroupedBatchNorm2d(inner), nn.LeakyReLU(LEAK, inplace=True)]
         layers += [nn.Conv2d(widths[-1], 1, (height >> n, width >> n), bias=False)]
         self.layers = nn.Sequential(*layers)
         for layer in layers:
             if spectral_norm and isinstance(layer, nn.Conv2d):
                 parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
 
+    native: bool = False
+    """Train through the AMX kernels, where `native_problem` finds nothing against it."""
+
     def forward(self, images: Tensor, num_groups: int = 1) -> Tensor:
-        x = images
-        for layer in self.layers:
-            if isinstance(layer, GroupedBatchNorm2d):
-                layer.num_groups = num_groups
-            x = layer(x)
-        return x.flatten()
+        if self.native and _trains_in_bf16(self):
+            return self._pixel_major(images, num_groups)
+        return through(self.layers, images, self.batchnorm_act, num_groups).flatten()
+
+    def _pixel_major(self, images: Tensor, num_groups: int) -> Tensor:
+        first, *hidden, last = (m for m in self.layers if isinstance(m, nn.Conv2d))
+        norms = [m for m in self.layers if isinstance(m, nn.BatchNorm2d)]
+        x = pixel_major.image_conv(images.to(torch.bfloat16), first.weight, LEAK)
+        for conv, norm in zip(hidden, norms, strict=True):
+            x = _normalised(norm, pixel_major.conv(x, conv.weight), LEAK, num_groups)
+        # The whole picture under one weight; products and sum in float32.
+        return (x.float() * last.weight.permute(0, 2, 3, 1)[0, :, :, None]).sum((0, 1, 3))
+
+
+def _trains_in_bf16(network: nn.Module) -> bool:
+    """The kernels are for training steps; pictures and checks go the plain way, in float32."""
+    return network.training and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def _normalised(norm: nn.BatchNorm2d, x: Tensor, slope: float, num_groups: int = 1) -> Tensor:
+    """A BatchNorm layer in training, then a leaky ReLU, over (H, W, N, C)."""
+    assert norm.num_batches_tracked is not None
+    assert norm.momentum is not None
+    norm.num_batches_tracked += num_groups
+    return pixel_major.batchnorm_act(
+        x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum, norm.eps, slope, num_groups
+    )
+
+
+def native_problem(generator: Generator, discriminator: Discriminator, images: int) -> str:
+    """Why these networks cannot train through kernels/pixel_major.py, in a few words; empty: they can.
+
+    Args:
+        images: of a step on each rank.
+    """
+    norms = [m for network in (generator, discriminator) for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    first: Any = discriminator.layers[0]
+    channels = [norm.num_features for norm in norms] + [first.out_channels]
+    if any(parametrize.is_parametrized(m) for m in discriminator.modules()):
+        return "they know no spectral norm"
+    if any(c % pixel_major.CHANNELS for c in channels):
+        return f"they take channels by {pixel_major.CHANNELS}"
+    if images % pixel_major.IMAGES:
+        return f"they take images by {pixel_major.IMAGES}, and a rank's part of the batch is {images}"
+    return ""
 
 
 def forward_flops(network: Generator | Discriminator, height: int, width: int) -> list[int]:

@@ -24,10 +24,10 @@ class OverlappedStep(FastStep):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         assert not self.joint
-        self._late: list[float] | None = None
+        self._late: list[float | Tensor] | None = None
         """G's learning rates of an update that is still to be made."""
-        self._average: tuple[int, int] | None = None
-        """What `average` was called with meanwhile."""
+        self._average: float | Tensor | None = None
+        """How far G's average is to follow that update."""
         self._g_is_new = False
         """Whether `hopeless` tells of an update of G that no vote has counted yet."""
 
@@ -40,7 +40,7 @@ class OverlappedStep(FastStep):
             self.finish()
             fake, seen_fake = self.draw(latents, turn)
             fake_logits = self.players.forward_d(seen_fake.detach())
-            loss = self.losses.discriminator(real_logits, fake_logits)
+            loss = self.loss_d(real_logits, fake_logits)
         return Seen(fake, seen_real, seen_fake, loss, real_logits, fake_logits)
 
     def update_d(self) -> None:
@@ -54,13 +54,14 @@ class OverlappedStep(FastStep):
     def update_g(self) -> None:
         """G's update, left for finish()."""
         self.mark("backward")
-        self._late = [group["lr"] for group in self.players.optimizer_g.param_groups]
+        rates = [group["lr"] for group in self.players.optimizer_g.param_groups]
+        self._late = [lr.clone() if isinstance(lr, Tensor) else lr for lr in rates]
 
-    def average(self, images_seen: int, batch_size: int) -> None:
+    def _move_average(self, weight: float | Tensor) -> None:
         if self._late is None:  # G did not learn in this step
-            super().average(images_seen, batch_size)
+            super()._move_average(weight)
         else:
-            self._average = images_seen, batch_size
+            self._average = weight
 
     def finish(self) -> None:
         if self._late is None:
@@ -79,5 +80,5 @@ class OverlappedStep(FastStep):
             group["lr"] = lr
         self._late = None
         if self._average is not None:
-            super().average(*self._average)
+            super()._move_average(self._average)
             self._average = None

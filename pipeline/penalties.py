@@ -72,7 +72,7 @@ def _slopes(discriminator: nn.Module, images: Tensor, precision: Precision) -> T
     """(N, C * H * W): the gradient of D's summed output in each image's pixels, itself differentiable."""
     arithmetic: Precision = "fp32" if precision == "fp16" else precision
     images = images.requires_grad_()
-    with precision_.autocast(arithmetic, images.device), running_statistics_kept(discriminator):
+    with precision_.autocast(arithmetic, images.device), _running_statistics_kept(discriminator):
         output = discriminator(images).sum()
         # In the images only: no parameter's gradient is touched, so DistributedDataParallel's hooks do not fire.
         (slopes,) = torch.autograd.grad(output, images, create_graph=True)
@@ -80,7 +80,7 @@ def _slopes(discriminator: nn.Module, images: Tensor, precision: Precision) -> T
 
 
 @contextlib.contextmanager
-def running_statistics_kept(network: nn.Module) -> Iterator[None]:
+def _running_statistics_kept(network: nn.Module) -> Iterator[None]:
     """BatchNorm as in training, by the batch's own statistics, without moving the running ones."""
     layers = [m for m in network.modules() if isinstance(m, _BatchNorm)]
     tracked = [layer.track_running_stats for layer in layers]

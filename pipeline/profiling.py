@@ -195,7 +195,7 @@ class Look:
     """What a start watches of its own steps: the phases on rank 0, and the trace where profile.steps asks for one.
 
     Args:
-        mode: in others than eager and reference a step runs as a whole, and its phases cannot be told apart.
+        mode: with graph a step runs as a whole, and its phases cannot be told apart.
         paused: entered while a trace is written, which is no training.
     """
 
@@ -204,7 +204,7 @@ class Look:
     ) -> None:
         self.run, self.paused, self.images_seen = run, paused, images_seen
         rank, cfg = run.ranks.rank, run.cfg.profile
-        self.phases = Phases(step.device) if mode in ("eager", "reference") and run.ranks.leads else None
+        self.phases = Phases(step.device) if mode != "graph" and run.ranks.leads else None
         if self.phases:
             step.mark = self.phases.mark
             self.phases.watch([getattr(step.players, name) for name in step.players.parallel])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,9 +38,22 @@ def identity(cfg: Config, fingerprint: str) -> dict[str, Any]:
 
 
 def layout(
-    cfg: Config, *, world_size: int, threads: int, precision: str, mode: str, decoder: str, cache: str, device: str
+    cfg: Config,
+    *,
+    world_size: int,
+    threads: int,
+    precision: str,
+    mode: str,
+    decoder: str,
+    cache: str,
+    device: str,
+    choices: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """What results are exact for: the same of all these repeats a run bit for bit."""
+    """What results are exact for: the same of all these repeats a run bit for bit.
+
+    Args:
+        choices: which implementation does each operation, as Choices.layout gives it.
+    """
     return {
         "world_size": world_size,
         "threads": threads,
@@ -62,6 +76,7 @@ def layout(
         "micro_batch": cfg.train.micro_batch,
         "backend": cfg.optim.backend,
         "deterministic": cfg.run.deterministic,
+        **choices,
     }
 
 
@@ -128,6 +143,11 @@ def differences(cfg: Config, layout_now: dict[str, Any], found: Checkpoint) -> I
             if old != value_of(now, key):
                 yield f"changed since the checkpoint: {key} {old} -> {value_of(now, key)}"
     theirs = _LATER_LAYOUT | found.manifest["layout"]
-    changed = [f"{k} {theirs.get(k)} -> {v}" for k, v in layout_now.items() if theirs.get(k) != v]
+    changed = [f"{k} {_then(theirs, k)} -> {v}" for k, v in layout_now.items() if _then(theirs, k) != v]
     if changed:
         yield f"the layout differs ({', '.join(changed)}): the same images follow, results are not promised to the bit"
+
+
+def _then(layout: dict[str, Any], key: str) -> Any:
+    """What a checkpoint's layout says; an operation that it does not speak of was torch's."""
+    return layout.get(key, "torch" if key.startswith("kernels.") else None)

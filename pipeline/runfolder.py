@@ -19,6 +19,7 @@ from pipeline.files import read_object, read_objects, write_in_place_if_full, wr
 
 _OF_A_RUN = (
     "config.yaml",
+    "choices.json",
     "env.json",
     "status.json",
     "stats.jsonl",

@@ -21,12 +21,14 @@ from pipeline import distributed, evaluating, precision, resume
 from pipeline.assembly import Plan, make_plan
 from pipeline.attempt import Attempt, Data
 from pipeline.cache import Cached, build_cache, folder_identity
+from pipeline.candidates import settle
+from pipeline.choices import Choices
 from pipeline.config import Config, ConfigError
 from pipeline.distributed import Ranks
 from pipeline.errors import DataError, Diverged, OtherDataError, Preempted, StorageError, UserError
 from pipeline.faults import Faults
 from pipeline.history import History, after_trouble, history_of
-from pipeline.index import Dataset, open_dataset
+from pipeline.index import Dataset, cache_folder, open_dataset
 from pipeline.meters import Log
 from pipeline.report import write_report
 from pipeline.runfolder import ALL_SEEN, Outcome, RunFolder
@@ -83,6 +85,8 @@ class Run:
         found = self.on_leader(lambda: self._checkpoint(dataset))
         if found and self.on_leader(lambda: self._already_done(len(dataset), plan, found)):
             return
+        self.choices = self._choices()
+        plan = settle(cfg, plan, ranks, self.choices)
         samples = Samples(dataset)
         cached = self._build_cache(dataset, samples, plan, threads)
         evaluation = distributed.together(
@@ -144,6 +148,16 @@ class Run:
                 self.folder.prepare()
         checkpoints.clear_leftovers(self.folder.path)
         return uuid.uuid4().hex
+
+    def _choices(self) -> Choices:
+        return Choices(
+            self.ranks.device,
+            cache=distributed.together(lambda: cache_folder(self.cfg.data)),
+            run=self.folder.path,
+            overrides=self.cfg.kernels.choices,
+            leads=self.ranks.leads,
+            say=self.say,
+        )
 
     def _checkpoint(self, dataset: Dataset) -> checkpoints.Checkpoint | None:
         cfg = self.cfg

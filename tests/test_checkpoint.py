@@ -11,7 +11,7 @@ from pipeline.cli.options import to_yaml
 from pipeline.config import OptimConfig
 from pipeline.errors import StorageError
 from pipeline.models import Discriminator, Generator
-from pipeline.step import make_players
+from pipeline.players import make_players
 from tests.players import CFG, MANIFEST, assert_same, snapshot, tiny_players, train_some, write
 
 

@@ -26,7 +26,7 @@ BF16 = 2.0**-8
 def stepping(ranks: Ranks, kind, batch: int, precision="fp32", finish_each=False, cfg=None, spoilt=(), **options):
     """Some steps of this arrangement on these ranks, and what they leave."""
     step = make_step(kind, networks(), precision, half_life=100, **options)
-    wrap_players(step.players, ranks, Config(distributed=cfg or DistributedConfig(bucket_cap_mb=0.01)))
+    wrap_players(step, ranks, Config(distributed=cfg or DistributedConfig(bucket_cap_mb=0.01)))
     shard = Slice(batch, ranks.rank, ranks.world_size)
     hopeless, meters = [], []
     for i in range(5):
@@ -84,7 +84,7 @@ def gradients_round_to_bf16(ranks: Ranks) -> None:
     caught = []
     for compress in ("none", "bf16"):
         step = make_step(FastStep, networks())
-        wrap_players(step.players, ranks, Config(distributed=DistributedConfig(bucket_cap_mb=0.01, compress=compress)))
+        wrap_players(step, ranks, Config(distributed=DistributedConfig(bucket_cap_mb=0.01, compress=compress)))
         pixels, latents = data(0, batch)
         mine = slice(4 * ranks.rank, 4 * ranks.rank + 4)
         step(pixels[mine], latents[mine], 0, batch)

@@ -18,8 +18,8 @@ from pipeline.cli.options import parse
 from pipeline.config import Config
 from pipeline.face_set import write_faces
 from pipeline.loop import Maintenance
+from pipeline.players import make_players
 from pipeline.sizes import checkpoint_bytes, disk_of, memory_of, networks_of, num_due, num_saves
-from pipeline.step import make_players
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--data.image_size", "16", "--model.ngf", "4", "--model.ndf", "4", "--model.nz", "8")

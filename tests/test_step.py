@@ -12,8 +12,9 @@ from pipeline.distributed import wrap
 from pipeline.losses import Losses, generator_loss
 from pipeline.models import Discriminator, Generator, initialise
 from pipeline.order import Slice
+from pipeline.players import make_players
 from pipeline.precision import dtype_of
-from pipeline.step import METERS, FastStep, ReferenceStep, make_players
+from pipeline.step import METERS, FastStep, ReferenceStep
 from tests.ranks import run_ranks
 
 N, NZ, WIDTH, SIDE = 8, 10, 8, 32
@@ -26,9 +27,9 @@ TOLERANCE = {"fp32": 2e-4, "bf16": 2e-2}
 AS_CLOSE_AS_THE_TUTORIAL = 1.25
 
 
-def networks(seed: int = 0, spectral_norm: bool = False) -> tuple[Generator, Discriminator]:
+def networks(seed: int = 0, spectral_norm: bool = False, width: int = WIDTH) -> tuple[Generator, Discriminator]:
     random = torch.Generator().manual_seed(seed)
-    pair = Generator(NZ, WIDTH, 3, SIDE, SIDE), Discriminator(WIDTH, 3, SIDE, SIDE, spectral_norm=spectral_norm)
+    pair = Generator(NZ, width, 3, SIDE, SIDE), Discriminator(width, 3, SIDE, SIDE, spectral_norm=spectral_norm)
     for network in pair:
         initialise(network, random)
     return pair
@@ -40,17 +41,19 @@ def data(step: int, images: int = N) -> tuple[torch.Tensor, torch.Tensor]:
     return pixels, torch.randn(images, NZ, generator=random)
 
 
-def tutorial_steps(generator: nn.Module, discriminator: nn.Module, num_steps: int, precision: str) -> list[dict]:
+def tutorial_steps(
+    generator: nn.Module, discriminator: nn.Module, num_steps: int, precision: str, images: int = N
+) -> list[dict]:
     """Real, fake, D's step, fake again, G's step; BCE with labels 1 and 0, channels first."""
     with torch.autocast("cpu", dtype_of(precision), enabled=precision != "fp32", cache_enabled=False):
-        return _tutorial_steps(generator, discriminator, num_steps)
+        return _tutorial_steps(generator, discriminator, num_steps, images)
 
 
-def _tutorial_steps(generator: nn.Module, discriminator: nn.Module, num_steps: int) -> list[dict]:
+def _tutorial_steps(generator: nn.Module, discriminator: nn.Module, num_steps: int, images: int) -> list[dict]:
     adam_g, adam_d = (torch.optim.Adam(n.parameters(), lr=2e-4, betas=(0.5, 0.999)) for n in (generator, discriminator))
     found = []
     for step in range(num_steps):
-        pixels, latents = data(step)
+        pixels, latents = data(step, images)
         real = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
         ones, zeros = torch.ones(len(real)), torch.zeros(len(real))
         discriminator.zero_grad()

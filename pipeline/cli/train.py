@@ -13,11 +13,12 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from pipeline import assembly, distributed, evaluating, sizes, trainer
+from pipeline.choices import Choices, machine_facts
 from pipeline.cli.options import Options, parse, to_yaml
 from pipeline.config import ConfigError
 from pipeline.errors import Preempted, StorageError, UserError
 from pipeline.files import write_in_place_if_full
-from pipeline.index import open_dataset
+from pipeline.index import cache_folder, open_dataset
 from pipeline.signals import end_with_parent
 from pipeline.sources import require_named
 from pipeline.tracker import require_wandb
@@ -99,6 +100,14 @@ def describe(options: Options) -> str:
     plan = assembly.make_plan(cfg, dataset, ranks)
     evaluating.open_evaluation(cfg, dataset, ranks, decoder=plan.decoder, cached=None)  # raises what training would
     world_size = ranks.world_size
+    threads = distributed.num_threads(cfg.distributed, ranks.local_world_size)
+    choices = Choices(
+        ranks.device,
+        cache=cache_folder(cfg.data),
+        run=options.run_folder,
+        overrides=cfg.kernels.choices,
+        machine=machine_facts(ranks.device, threads),
+    )
     networks = sizes.networks_of(cfg)
     memory = sizes.memory_of(cfg, networks, plan.precision, cfg.per_rank(world_size))
     lines = [
@@ -109,6 +118,7 @@ def describe(options: Options) -> str:
         f"fingerprint {dataset.index.fingerprint[:12]}",
         *(f"{reason.split(' ')[0]:<21} {reason.split(' ', 1)[1]}" for reason in plan.reasons),
         f"step mode             {plan.mode}",
+        *(f"kernels               {line}" for line in choices.lines() or ["measured at the first start"]),
         f"generator             {networks.generator:,} parameters",
         f"discriminator         {networks.discriminator:,} parameters",
         f"arithmetic            {networks.flops / 1e6:,.1f} MFLOP an image and step",

@@ -1,0 +1,124 @@
+"""The C kernels of kernels/csrc: compiled once a machine by its C compiler, loaded without any further package.
+
+Plain C and ctypes rather than torch.utils.cpp_extension: it takes the compiler two seconds instead of a minute, needs
+neither C++ nor ninja nor Python's headers, and one library serves every version of torch.  It is linked with no OpenMP
+of its own: its loops run on the threads that torch has already started, since two teams on the same cores would wait
+for each other in a spin.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCES = Path(__file__).resolve().parent / "csrc"
+FLAGS = ("-O3", "-march=sapphirerapids", "-std=gnu11", "-fPIC", "-fopenmp", "-fvisibility=hidden")
+COMPILE_S = 300
+"""Seconds after which a compiler is given up."""
+
+_library: ctypes.CDLL | None = None
+
+
+class NativeError(Exception):
+    """Why the C kernels cannot be had here, in a few words."""
+
+
+def default_folder() -> Path:
+    """Where the compiled library is kept if nobody says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcgan-faces"
+
+
+def loaded() -> bool:
+    """Whether `load` has succeeded in this process."""
+    return _library is not None
+
+
+def load(folder: Path | None = None) -> None:
+    """Make the C kernels ready, compiling them where `folder` does not hold them yet.  May be called again.
+
+    Args:
+        folder: where the library is kept; processes may share it.
+
+    Raises:
+        NativeError: the processor has no AMX, there is no compiler, or it failed.
+    """
+    global _library
+    if _library is not None:
+        return
+    if not torch.cpu._is_amx_tile_supported():
+        raise NativeError("the processor has no AMX")
+    path = _build(folder or default_folder())
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeError(f"{path} cannot be loaded: {error}") from error
+    if found.dcgan_amx_begin():
+        raise NativeError("the system does not let programs use AMX tiles")
+    _library = found
+
+
+def library() -> ctypes.CDLL:
+    """The C kernels, after `load`."""
+    assert _library is not None, "native.load() comes first"
+    return _library
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CC", ""), "gcc", "cc"):
+        if name and shutil.which(name):
+            return name
+    raise NativeError("there is no C compiler (gcc 11 or newer)")
+
+
+@functools.cache
+def _digest() -> str:
+    """Changes whenever the compiled library would."""
+    content = hashlib.sha256(repr(FLAGS).encode())
+    for path in sorted(SOURCES.iterdir()):
+        content.update(path.name.encode() + path.read_bytes())
+    return content.hexdigest()[:16]
+
+
+def _build(folder: Path) -> Path:
+    target = folder / f"native-{_digest()}.so"
+    if target.exists():
+        return target
+    compiler = _compiler()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="native-") as scratch:
+            objects = []
+            for source in sorted(SOURCES.glob("*.c")):
+                objects.append(str(Path(scratch) / f"{source.stem}.o"))
+                _run(compiler, *FLAGS, "-c", str(source), "-o", objects[-1])
+            # Without -fopenmp: OpenMP's functions are left for torch's own libgomp to fill in.
+            _run(compiler, "-shared", "-o", str(Path(scratch) / "library.so"), *objects)
+            (Path(scratch) / "library.so").replace(target)  # complete, or not there
+    except OSError as error:
+        raise NativeError(f"{folder}: {error.strerror or error}") from error
+    return target
+
+
+def _run(*words: str) -> None:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=COMPILE_S, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired as error:
+        raise NativeError(f"{words[0]} did not end within {COMPILE_S} s") from error
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+        raise NativeError(f"{words[0]} failed: {said}")
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    """A dense tensor's memory, for C.  It does not keep the tensor: whoever calls must hold it by a name."""
+    assert tensor is None or (tensor.device.type == "cpu" and tensor.is_contiguous()), tensor.shape
+    return ctypes.c_void_p(tensor.data_ptr() if tensor is not None else None)
