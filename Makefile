@@ -128,4 +128,4 @@ sbom: $(READY) $(TOOLS)/.ready
 	@echo "wrote build/sbom.json"
 
 lint-container: $(TOOLS)/.ready
-	$(TOOLS)/bin/hadolint Dockerfile
+	$(TOOLS)/bin/hadolint Dockerfile launch/container/apex.Dockerfile

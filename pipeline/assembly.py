@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,10 +15,14 @@ from pipeline.config import Config, ConfigError
 from pipeline.decode import Decoder, choose_decoder
 from pipeline.distributed import Ranks
 from pipeline.index import Dataset
+from pipeline.micro_batches import MicroBatchStep
 from pipeline.models import Discriminator, Generator, Kernels, initialise
+from pipeline.optimisers import require_backend
+from pipeline.overlap import OverlappedStep
+from pipeline.players import make_players
 from pipeline.precision import Precision
 from pipeline.schedule import Schedule
-from pipeline.step import FastStep, ReferenceStep, Step, make_players
+from pipeline.step import FastStep, ReferenceStep, Step
 from pipeline.step_compiled import CompiledStep, compile_problem
 from pipeline.step_graph import GraphStep
 
@@ -46,6 +52,8 @@ def make_plan(cfg: Config, dataset: Dataset, ranks: Ranks) -> Plan:
         ConfigError: this machine cannot do what a setting asks for, or one setting not what another asks for.
     """
     _refuse_what_does_not_go_together(cfg)
+    require_backend(cfg.optim.backend, ranks.device)
+    distributed.require_compression(cfg.distributed, ranks)
     require_mode(cfg, ranks.device)
     decoder, why_decoder = choose_decoder(cfg.data)
     cache, why_cache = cache_kind(cfg.data, dataset, ranks.device, decoder=decoder)
@@ -59,8 +67,16 @@ def make_plan(cfg: Config, dataset: Dataset, ranks: Ranks) -> Plan:
 def _refuse_what_does_not_go_together(cfg: Config) -> None:
     """
     Raises:
-        ConfigError: the losses and penalties cannot train these networks.
+        ConfigError: the losses and penalties cannot train these networks, or the step cannot be arranged so.
     """
+    for key, value in (
+        ("distributed.overlap_g", cfg.distributed.overlap_g),
+        ("train.micro_batch", cfg.train.micro_batch),
+    ):
+        if value and cfg.train.mode not in ("auto", "eager"):
+            raise ConfigError(f"train.mode must be eager with {key}, got {cfg.train.mode!r}")
+    if cfg.distributed.overlap_g and cfg.train.micro_batch:
+        raise ConfigError("distributed.overlap_g must be false with train.micro_batch, got True")
     penalty = next((key for key in ("gradient_penalty", "r1") if getattr(cfg.loss, key)), "")
     if penalty and cfg.distributed.sync_batchnorm:  # torch's has no second derivative (pytorch#61222)
         raise ConfigError(f"distributed.sync_batchnorm must be false with loss.{penalty}, got True")
@@ -128,13 +144,13 @@ def build_step(cfg: Config, plan: Plan, ranks: Ranks) -> Step:
         distributed.synchronise_batchnorm(discriminator, ranks)
     lr = cfg.optim.scaled_lr(cfg.train.batch_size)
     players = make_players(generator, discriminator, cfg.optim, lr=lr, precision=plan.precision)
-    return STEPS[plan.mode](
+    return _kind(cfg, plan, ranks)(
         players,
         plan.precision,
         channels_last=cfg.train.channels_last,
         ema_half_life_images=cfg.optim.ema_half_life_images,
         # SyncBatchNorm knows no groups: real and fake then go one after the other.
-        joint=ranks.device.type == "cuda" and not cfg.distributed.sync_batchnorm,
+        joint=ranks.device.type == "cuda" and not (cfg.distributed.sync_batchnorm or cfg.distributed.overlap_g),
         guarded=cfg.watch.skip_non_finite,
         min_loss_scale=cfg.watch.min_loss_scale,
         loss=cfg.loss,
@@ -144,12 +160,24 @@ def build_step(cfg: Config, plan: Plan, ranks: Ranks) -> Step:
     )
 
 
+def _kind(cfg: Config, plan: Plan, ranks: Ranks) -> Callable[..., Step]:
+    """The arrangement of the step that these settings come to."""
+    if cfg.train.micro_batch and cfg.train.micro_batch < cfg.per_rank(ranks.world_size):
+        return functools.partial(MicroBatchStep, micro_batch=cfg.train.micro_batch)
+    if cfg.distributed.overlap_g and ranks.world_size > 1:
+        return OverlappedStep
+    return STEPS[plan.mode]
+
+
 def wrap_players(step: Step, ranks: Ranks, cfg: Config) -> None:
     """Put both networks under DistributedDataParallel, where there are several ranks."""
     if ranks.world_size > 1:
+        players = step.players
+        if cfg.distributed.overlap_g:
+            players.late = distributed.LateReduction(ranks, cfg.distributed.compress)
         with step.apart():
-            for name in ("generator", "discriminator"):
-                wrapped: Any = distributed.wrap(step.players.bare(name), ranks, cfg.distributed)
+            for name, late in (("generator", players.late), ("discriminator", None)):
+                wrapped: Any = distributed.wrap(players.bare(name), ranks, cfg.distributed, late)
                 if isinstance(step, GraphStep):
                     wrapped._set_ddp_runtime_logging_sample_rate(_NEVER)
-                step.players.parallel[name] = wrapped
+                players.parallel[name] = wrapped

@@ -32,12 +32,13 @@ from pipeline.meters import Log, Meters, Progress, Timing, measured_peak_tflops,
 from pipeline.models import step_flops
 from pipeline.order import Slice
 from pipeline.pictures import save_png
+from pipeline.profiling import Look
 from pipeline.runfolder import ALL_SEEN, Outcome
 from pipeline.samples import Samples
 from pipeline.showing import fakes, reals
 from pipeline.tracker import open_tracker
 from pipeline.vote import Tally, Vote, reason_of
-from pipeline.watch import CollapseWatch, Diverging, HangWatch, OwnTime, SkipWatch, slow_ranks
+from pipeline.watch import CollapseWatch, Diverging, HangWatch, OwnTime, SkipWatch, SlowWatch
 
 if TYPE_CHECKING:
     from pipeline.metrics.evaluation import Evaluation
@@ -91,14 +92,12 @@ class Attempt:
         wrap_players(self.step, ranks, cfg)  # gives every rank rank 0's statistics, so it comes first
         self.meters = Meters(ranks.device, ranks.world_size)
         distributed.together(self._restore)
-        self.hosts = distributed.gather(socket.gethostname())
+        self.slow = SlowWatch(distributed.gather(socket.gethostname()), cfg.watch.slow_rank_ratio)
         self.vote = Vote(ranks.device, ranks.world_size)
         self.skips = SkipWatch(cfg.watch.max_skipped_steps)
         self.collapse = CollapseWatch(cfg.watch, self.step.losses.least_d)
         self.own_time = OwnTime(ranks.device)
         self.step.before_backward = self.own_time.end
-        self._slow: list[int] = []
-        self._slow_told: list[int] = []
         self._saved_at = self._settled_at = found.images_seen if found else -1
         self._has_stepped = False
 
@@ -151,6 +150,8 @@ class Attempt:
             feed = self._feed(self.images_seen + self.history.order_offset, self.shard, dtype)
             stack.callback(feed.close)
             self.timing = Timing(feed, float(found.manifest["elapsed_s"]) if found else 0.0)
+            self.look = Look(self.run, self.step, self.plan.mode, self.images_seen, self.timing.paused)
+            stack.callback(self.look.close)
             stack.enter_context(garbage.collected_between_steps())
             self.run.training_begins()
             reason = ALL_SEEN
@@ -159,6 +160,7 @@ class Attempt:
                 self.images_seen = self._loop(feed)
             except Diverging:
                 self.vote.tally()  # the ranks leave with nothing under way
+                self.step.finish()
                 raise
             except _Ending as ending:
                 self.vote.tally()
@@ -182,9 +184,14 @@ class Attempt:
             if not self._has_stepped:
                 distributed.set_timeout(cfg.distributed.step_timeout_s)
                 self._has_stepped = True
+            self.look.done()
             self.hang.beat()
             if self.run.log is not None:
                 self.run.log.advance(cfg.train.batch_size)
+
+        def begin(_seen: int) -> None:
+            self.own_time.begin()
+            self.look.begin()
 
         every_step = cfg.train.batch_size
         maintenance = [
@@ -194,8 +201,9 @@ class Attempt:
             Maintenance(cfg.checkpoint.every_images, self._save_if_good),
             *([Maintenance(cfg.eval.every_images, self._evaluate)] if self.data.evaluation else []),
             Maintenance(garbage.EVERY_STEPS * every_step, garbage.collect),
-            Maintenance(every_step, lambda _seen: self.own_time.begin()),  # last: what maintenance takes is no work
+            Maintenance(every_step, begin),  # last: what maintenance takes is no work
         ]
+        self.look.begin()
         return train(
             self.run.faults.wrap(self.step, cfg.train.batch_size),
             feed,
@@ -280,9 +288,8 @@ class Attempt:
         if self.run.log is not None:
             self.run.log.write(row, self.progress)
             self._update_status(seen)
-        self._look_for_slow_ranks(own_ms, 1e3 * cfg.train.batch_size / max(row["images_per_s"], 1e-9), seen)
-        news = self.step.news()
-        if news:
+        slow = self.slow.look(own_ms, 1e3 * cfg.train.batch_size / max(row["images_per_s"], 1e-9))
+        for news in filter(None, (slow, self.step.news())):
             self._event(news, seen)
         collapsed = self.collapse.look(row, images)
         if collapsed:
@@ -291,19 +298,6 @@ class Attempt:
                 raise Diverging(f"collapse: {collapsed}", seen, seen - self.collapse.held)
             if cfg.watch.on_collapse == "stop":
                 raise Diverged(f"collapse: {collapsed} (watch.on_collapse is stop)").on_every_rank()
-
-    def _look_for_slow_ranks(self, own_ms: list[float], step_ms: float, seen: int) -> None:
-        slow = slow_ranks(own_ms, step_ms, self.cfg.watch.slow_rank_ratio)
-        if slow and slow == self._slow and slow != self._slow_told:  # twice: one row may be a neighbour's doing
-            self._slow_told = slow
-            named = ", ".join(f"rank {r} on {self.hosts[r]} ({own_ms[r]:.0f} ms)" for r in slow)
-            others = sorted(ms for r, ms in enumerate(own_ms) if r not in slow)
-            self._event(
-                f"slow: {named} before each backward pass, where the other ranks wait; they take "
-                f"{others[len(others) // 2]:.0f} ms",
-                seen,
-            )
-        self._slow = slow
 
     def _save_if_good(self, seen: int) -> None:
         if seen == self._settled_at:  # an evaluation asks for it as well
@@ -317,6 +311,7 @@ class Attempt:
 
     def _save(self, seen: int) -> None:
         distributed.together(self.writer.wait)  # a write that failed ends every rank
+        self.step.finish()
         collapsing = self.cfg.watch.on_collapse == "rollback" and self.collapse.held
         if not self.skips.streak and not collapsing:
             self.history = self.history.past_trouble(seen)
@@ -362,6 +357,7 @@ class Attempt:
         the next start begins with them."""
         self._save_if_good(seen)
         assert self.data.evaluation
+        self.step.finish()
         with self._apart_from_training():
             row = evaluating.measured(self.data.evaluation, self.step.players, self.cfg, seen)
             enough = self.run.on_leader(lambda: self._note(row))
@@ -447,4 +443,5 @@ class Attempt:
     def _show_fakes(self, seen: int) -> None:
         """Rank 0 draws; the others go on and meet it at the next all-reduce."""
         if self.ranks.leads:
+            self.step.finish()
             self._show("fakes", fakes(self.step.players, self.cfg), self.folder.grid(seen), seen)

@@ -73,6 +73,10 @@ def settle_mode(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices, key: st
     On a GPU each mode's step is measured, on rank 0 with its share of a batch and without the other ranks.  On a CPU
     nothing is, since compiling takes longer than a small run; what a benchmark has found there before counts.
     """
+    arranged = {"train.micro_batch": cfg.train.micro_batch, "distributed.overlap_g": cfg.distributed.overlap_g}
+    for key, value in arranged.items():
+        if value:
+            return "eager", f"{key} goes with no other."
     names = ["eager"]
     if not cfg.distributed.sync_batchnorm:
         if ranks.device.type == "cuda":
@@ -131,7 +135,8 @@ def _native_problem(cfg: Config, plan: Plan, ranks: Ranks) -> str:
         return "torch.compile does not see into the AMX kernels"
     if cfg.loss.r1 or cfg.loss.gradient_penalty:
         return "the AMX kernels have no second derivative, which a penalty takes"
-    problem = native_problem(*make_networks(cfg, torch.device("meta")), cfg.per_rank(ranks.world_size))
+    at_a_time = cfg.train.micro_batch or cfg.per_rank(ranks.world_size)
+    problem = native_problem(*make_networks(cfg, torch.device("meta")), at_a_time)
     if problem:
         return f"the AMX kernels cannot run them: {problem}"
 

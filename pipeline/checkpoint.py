@@ -30,7 +30,7 @@ from torch import Tensor
 from pipeline.config import Config, ConfigError, from_dict
 from pipeline.errors import StorageError
 from pipeline.models import Generator
-from pipeline.step import Players
+from pipeline.players import Players
 
 FORMAT = 1
 BEST = "best.json"
@@ -123,7 +123,8 @@ def restore(players: Players, state: State, rank: int, world_size: int) -> None:
     """
     restore_weights(players, state)
     for optimizer, name in ((players.optimizer_g, "optimizer_g"), (players.optimizer_d, "optimizer_d")):
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        counted = ("params", "step")  # apex counts its steps here
+        settings = [{k: v for k, v in group.items() if k not in counted} for group in optimizer.param_groups]
         optimizer.load_state_dict(state[name])
         for group, kept in zip(optimizer.param_groups, settings, strict=True):
             group.update(kept)
@@ -337,11 +338,23 @@ def find(path: Path, say: Callable[[str], None] = print) -> Checkpoint:
 
 
 def best(run: Path) -> str:
-    """Name of the checkpoint folder that is marked as the best; empty: none is."""
+    """Name of the checkpoint folder that is marked as the best; empty: none is.
+
+    Raises:
+        StorageError: the mark cannot be read, or names no checkpoint.
+    """
+    path = run / "checkpoints" / BEST
     try:
-        return str(json.loads((run / "checkpoints" / BEST).read_text())["checkpoint"])
+        name = str(json.loads(path.read_text())["checkpoint"])
     except FileNotFoundError:
         return ""
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise StorageError(f"{path} names no checkpoint; without that file none is marked as the best") from None
+    if not _NAME.fullmatch(name):
+        raise StorageError(f"{path} names no checkpoint, found {name!r}; without that file none is marked as the best")
+    return name
 
 
 def chosen(run: Path, which: str, say: Callable[[str], None] = print) -> Checkpoint:
@@ -358,10 +371,7 @@ def chosen(run: Path, which: str, say: Callable[[str], None] = print) -> Checkpo
         return find(run, say)
     if which != "best":
         return find(Path(which), say)
-    try:
-        name = best(run)
-    except (OSError, ValueError, KeyError, TypeError):
-        raise StorageError(f"{run / 'checkpoints' / BEST} names no checkpoint") from None
+    name = best(run)
     if not name:
         find(run, say)  # where there is no run at all, that is what is wrong
         raise StorageError(f"{run} has marked no checkpoint as its best (eval.every_images does); the newest is `last`")

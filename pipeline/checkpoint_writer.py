@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.checkpoint import BEST, State, best, count_of, folders, remove, snapshot, write
 from pipeline.errors import StorageError
 from pipeline.files import written_aside
-from pipeline.step import Players
+from pipeline.players import Players
 
 _ALIGN = 16
 _SPARE_BYTES = 1 << 20

@@ -23,6 +23,7 @@ from pipeline.config_learning import (
     LossConfig,
     OptimConfig,
 )
+from pipeline.config_profile import ProfileConfig
 
 __all__ = [
     "INCEPTION_METRICS",
@@ -33,6 +34,7 @@ __all__ = [
     "KernelsConfig",
     "LossConfig",
     "OptimConfig",
+    "ProfileConfig",
 ]
 
 
@@ -161,6 +163,9 @@ class TrainConfig:
     """How a step runs: reference is the tutorial's arrangement, eager a faster one of equal results, compile the same
     by torch.compile, graph the same as one CUDA graph; auto: the fastest of these on a GPU, measured at the run's first
     start, and eager on a CPU unless another has been measured to be faster there."""
+    micro_batch: int = 0
+    """Images of a rank that go through the networks at a time, for batches that do not fit into memory; 0: all of them.
+    Gradients add up over these; BatchNorm has its own statistics for each. At least 2, a divisor of a rank's part."""
     channels_last: bool = True
     """Keep images and convolution weights with the channels innermost (NHWC)."""
 
@@ -168,6 +173,9 @@ class TrainConfig:
         require(self.batch_size >= 2, "train.batch_size", "at least 2", self.batch_size)
         require(0 < self.num_epochs < math.inf, "train.num_epochs", "above 0 and finite", self.num_epochs)
         require(self.max_images >= 0, "train.max_images", "at least 0", self.max_images)
+        require(
+            self.micro_batch == 0 or self.micro_batch >= 2, "train.micro_batch", "0 or at least 2", self.micro_batch
+        )
         require(0 <= self.max_minutes < math.inf, "train.max_minutes", "at least 0 and finite", self.max_minutes)
 
     def num_steps(self, num_images: int) -> int:
@@ -182,6 +190,10 @@ class TrainConfig:
 class DistributedConfig:
     bucket_cap_mb: float = 4.0
     """Gradients travel in buckets of about this many MiB while backward goes on. Above 0."""
+    compress: Literal["none", "bf16"] = "none"
+    """How gradients travel: as float32, or rounded to bf16, which halves the bytes; they are added up in that type."""
+    overlap_g: bool = False
+    """Let G's gradients travel while D looks at the next real images. Costs a step of two passes in place of one."""
     sync_batchnorm: bool = False
     """BatchNorm statistics over all ranks instead of each rank's own. GPU only."""
     start_timeout_s: int = 1800
@@ -332,6 +344,8 @@ class Config:
     """How good the pictures are, measured while training goes on."""
     log: LogConfig = field(default_factory=LogConfig)
     """What is shown."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """A look at single steps."""
     run: RunConfig = field(default_factory=RunConfig)
     """Where, and from where."""
 
@@ -349,6 +363,10 @@ class Config:
         if share < 2:
             raise ConfigError(
                 f"train.batch_size must be {2 * world_size} or more for {world_size} ranks, got {self.train.batch_size}"
+            )
+        if self.train.micro_batch and share % self.train.micro_batch:
+            raise ConfigError(
+                f"train.micro_batch must divide the {share} images of a rank's batch, got {self.train.micro_batch}"
             )
         return share
 

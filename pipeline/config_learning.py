@@ -29,6 +29,8 @@ class OptimConfig:
     """How both learning rates fall to 0 at the end of the run; raising the run's length stretches the way there."""
     lr_decay_from: float = 0.5
     """Share of the run after which they begin to fall. At least 0, below 1."""
+    backend: Literal["torch", "apex"] = "torch"
+    """Whose Adam: torch's fused one, or FusedAdam of NVIDIA's apex, which is built apart; GPU only."""
     ema_half_life_images: int = 5000
     """Images after which an older generator weighs half in the averaged one; 0: no average is kept."""
 

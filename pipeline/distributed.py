@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import ConfigError, DistributedConfig
@@ -23,6 +24,8 @@ from pipeline.errors import UserError
 from pipeline.rendezvous import fresh_store
 
 T = TypeVar("T")
+
+_NCCL_WITH_BF16 = (2, 10)
 
 
 @dataclass(frozen=True)
@@ -182,23 +185,76 @@ def leader_first(ranks: Ranks, action: Callable[[], T]) -> T:
     return result if first else other
 
 
-def wrap(network: nn.Module, ranks: Ranks, cfg: DistributedConfig) -> nn.Module:
+def require_compression(cfg: DistributedConfig, ranks: Ranks) -> None:
+    """
+    Raises:
+        ConfigError: the backend cannot add up what distributed.compress makes of gradients.
+    """
+    travels = cfg.compress == "bf16" and ranks.world_size > 1
+    if travels and ranks.device.type == "cuda" and torch.cuda.nccl.version() < _NCCL_WITH_BF16:
+        raise ConfigError("distributed.compress must be none where NCCL is older than 2.10, got 'bf16'")
+
+
+class LateReduction:
+    """Averages of gradients over the ranks that need not be there when backward ends, only after wait().
+
+    A hook for DistributedDataParallel, which takes the gradients of a bucket for averaged at once.  With
+    gradient_as_bucket_view they lie in the bucket itself, where the average then arrives.
+    """
+
+    def __init__(self, ranks: Ranks, compress: str) -> None:
+        self.ranks, self.compress = ranks, compress
+        self._travelling: list[tuple[Any, torch.Tensor, torch.Tensor]] = []
+
+    def send(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """Send a bucket on its way."""
+        buffer = bucket.buffer()
+        if self.compress == "bf16":
+            sent = buffer.to(torch.bfloat16).div_(self.ranks.world_size)  # as bf16_compress_hook does it
+        else:
+            sent = buffer.mul_(1.0 / self.ranks.world_size)  # as DistributedDataParallel itself rounds
+        self._travelling.append((dist.all_reduce(sent, async_op=True), sent, buffer))
+        devices: list[int | str | torch.device] | None = [self.ranks.device] if sent.is_cuda else None
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
+        future.set_result(buffer)
+        return future
+
+    def wait(self) -> None:
+        """Have the averages in place; on a GPU the stream waits, not the host."""
+        for work, sent, buffer in self._travelling:
+            work.wait()
+            if sent is not buffer:
+                buffer.copy_(sent)
+        self._travelling.clear()
+
+
+def wrap(
+    network: nn.Module, ranks: Ranks, cfg: DistributedConfig, late: LateReduction | None = None
+) -> DistributedDataParallel:
     """The network under DistributedDataParallel: small buckets that travel during backward, no buffer traffic.
 
     Every rank keeps its own BatchNorm statistics during training; parameters and buffers start as rank 0's.
+
+    Args:
+        late: takes care of the gradients, which are averaged only after its wait().
     """
     without_sync: dict[str, Any] = {"forward_sync_buffers": False}  # torch 2.13 and later
     if "forward_sync_buffers" not in inspect.signature(DistributedDataParallel.__init__).parameters:
         without_sync = {"broadcast_buffers": False}  # skips the first broadcast as well
         for buffer in network.buffers():
             dist.broadcast(buffer, src=0)
-    return DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         network,
         device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
         bucket_cap_mb=cfg.bucket_cap_mb,
         gradient_as_bucket_view=True,
         **without_sync,
     )
+    if late is not None:
+        wrapped.register_comm_hook(None, lambda _state, bucket: late.send(bucket))  # torch reads annotations as types
+    elif cfg.compress == "bf16":
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    return wrapped
 
 
 def synchronise_batchnorm(network: nn.Module, ranks: Ranks) -> None:

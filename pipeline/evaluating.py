@@ -21,15 +21,16 @@ from pipeline.checkpoint_writer import forget_best, mark_best
 from pipeline.config import METRICS, Config, EvalConfig, to_dict
 from pipeline.decode import Decoder
 from pipeline.distributed import Ranks
+from pipeline.errors import StorageError
 from pipeline.index import Dataset
 from pipeline.loop import Maintenance
 from pipeline.meters import METRICS_FILE, Log, rows_up_to, write_rows
+from pipeline.players import Players
 from pipeline.resume import value_of
 from pipeline.runfolder import RunFolder
 from pipeline.samples import Samples
 from pipeline.sampling import recalibrated
 from pipeline.showing import average_of
-from pipeline.step import Players
 
 if TYPE_CHECKING:
     from pipeline.metrics.evaluation import Evaluation
@@ -154,7 +155,11 @@ def keep_best(run: Path, found: Standing) -> None:
     Raises:
         StorageError: the disk refused.
     """
-    marked = marked_best(run)
+    try:
+        marked = marked_best(run)
+    except StorageError:  # garbled: what it should say stands in metrics.jsonl
+        forget_best(run)
+        marked = ""
     if found.best is not None:
         folder = folder_of(run, found.best["images_seen"])
         if folder.name != marked:

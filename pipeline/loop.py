@@ -60,7 +60,7 @@ def train(
         images = feed.next()
         numbers = torch.from_numpy(shard.numbers(images_seen + order_offset)).to(images.device, non_blocking=True)
         latents = normal(seed, Stream.LATENT, numbers, nz)
-        meters.add(step(images, latents, images_seen, shard.batch_size, numbers), step.skipped)
+        meters.add(step(images, latents, images_seen, shard.batch_size, numbers), step.skipped, step.penalty)
         before, images_seen = images_seen, images_seen + shard.batch_size
         on_step(images_seen)
         for entry in maintenance:

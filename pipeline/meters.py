@@ -36,6 +36,7 @@ METRICS_FILE = "metrics.jsonl"
 _TAGS = {
     "loss_d": "Loss/D",
     "loss_g": "Loss/G",
+    "penalty_d": "Loss/D_penalty",
     "d_real": "D(x)",
     "d_fake_before": "D(G(z))/before",
     "d_fake_after": "D(G(z))/after",
@@ -96,14 +97,18 @@ class Meters:
     def __init__(self, device: torch.device, world_size: int) -> None:
         self.world_size = world_size
         self.device = device
-        # METERS, then steps with finite losses, then steps that left an update out.
-        self.sums = torch.zeros(len(METERS) + 2, device=device)
+        # METERS, then what D paid for its slope and in how many steps, steps with finite losses, steps that left an
+        # update out.
+        self.sums = torch.zeros(len(METERS) + 4, device=device)
         self.steps = 0
 
-    def add(self, measured: Tensor, skipped: Tensor | None = None) -> None:
-        """Add one step's (7,) METERS, and its (2,) 0 or 1 for the updates left out."""
+    def add(self, measured: Tensor, skipped: Tensor | None = None, penalty: Tensor | None = None) -> None:
+        """Add one step's (7,) METERS, its (2,) 0 or 1 for the updates left out, and (2,) what D's penalties came to and
+        whether they were due."""
         finite = torch.isfinite(measured).all()
         self.sums[: len(METERS)] += torch.where(finite, measured, 0.0)
+        if penalty is not None:
+            self.sums[len(METERS) : len(METERS) + 2] += torch.where(finite, penalty, 0.0)
         self.sums[-2] += finite
         if skipped is not None:
             self.sums[-1] += skipped.max()
@@ -126,17 +131,20 @@ class Meters:
 
         Returns:
             METERS by name, NaN where no step was finite; `skipped_steps`, `diversity` (how far G's images lie apart, as
-            a share of the real ones').  Then own_ms in rank order.
+            a share of the real ones'), `penalty_d` over the steps in which D paid one, if there were any.  Then own_ms
+            in rank order.
         """
         everyone = torch.zeros(self.world_size, device=self.device)
         everyone[rank] = own_ms
         sums = torch.cat([self.sums, everyone])
         if self.world_size > 1:
             dist.all_reduce(sums)
-        *totals, finite, skipped = sums[: len(self.sums)].tolist()
+        *totals, penalty, penalised, finite, skipped = sums[: len(self.sums)].tolist()
         means = {k: total / finite if finite else math.nan for k, total in zip(METERS, totals, strict=True)}
         means["diversity"] = means["spread_fake"] / means["spread_real"] if means["spread_real"] else math.nan
         means["skipped_steps"] = round(skipped / self.world_size)
+        if penalised:
+            means["penalty_d"] = penalty / penalised
         self.sums.zero_()
         self.steps = 0
         return means, sums[len(self.sums) :].tolist()
@@ -351,6 +359,12 @@ class Log:
             self.board.flush()
         if self.tracker is not None:
             self.tracker.event(text, images_seen)
+
+    def table(self, tag: str, text: str, images_seen: int) -> None:
+        """Lines for TensorBoard alone, in columns."""
+        with self._board_writes():
+            self.board.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), images_seen)
+            self.board.flush()
 
     def picture(self, tag: str, picture: Image.Image, images_seen: int) -> None:
         """Show a picture in TensorBoard."""

@@ -21,6 +21,8 @@ _IDENTITY = ("model.nz", "model.ngf", "model.ndf", "model.spectral_norm", "data.
 """Another value of these makes another run of it."""
 _LATER = {"model.spectral_norm": False}
 """What is meant by the manifest of a checkpoint that is older than the setting."""
+_LATER_LAYOUT = {"compress": "none", "overlap_g": False, "micro_batch": 0, "backend": "torch"}
+"""The same of its layout."""
 
 
 def value_of(settings: dict[str, Any], key: str) -> Any:
@@ -69,6 +71,10 @@ def layout(
         "cache": cache,
         "jpeg_fancy_upsampling": cfg.data.jpeg_fancy_upsampling,
         "sync_batchnorm": cfg.distributed.sync_batchnorm,
+        "compress": cfg.distributed.compress,
+        "overlap_g": cfg.distributed.overlap_g,
+        "micro_batch": cfg.train.micro_batch,
+        "backend": cfg.optim.backend,
         "deterministic": cfg.run.deterministic,
         **choices,
     }
@@ -136,7 +142,7 @@ def differences(cfg: Config, layout_now: dict[str, Any], found: Checkpoint) -> I
             old = known.get(key.rpartition(".")[2], value_of(defaults, key))
             if old != value_of(now, key):
                 yield f"changed since the checkpoint: {key} {old} -> {value_of(now, key)}"
-    theirs = found.manifest["layout"]
+    theirs = _LATER_LAYOUT | found.manifest["layout"]
     changed = [f"{k} {_then(theirs, k)} -> {v}" for k, v in layout_now.items() if _then(theirs, k) != v]
     if changed:
         yield f"the layout differs ({', '.join(changed)}): the same images follow, results are not promised to the bit"

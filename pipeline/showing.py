@@ -10,8 +10,8 @@ from pipeline.feed import Feed
 from pipeline.models import Generator
 from pipeline.philox import Stream
 from pipeline.pictures import grid
+from pipeline.players import Players
 from pipeline.sampling import generate, latents, recalibrated
-from pipeline.step import Players
 
 
 def reals(feed: Feed) -> Image.Image:

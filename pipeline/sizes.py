@@ -90,7 +90,9 @@ def _outputs(network: nn.Module, example: torch.Tensor) -> int:
 
 
 def memory_of(cfg: Config, networks: Networks, precision: str, per_rank: int) -> Memory:
-    """About what a rank holds at N = per_rank."""
+    """About what a rank holds at N = per_rank, or the part of them that train.micro_batch takes at a time."""
+    if cfg.train.micro_batch:
+        per_rank = min(per_rank, cfg.train.micro_batch)
     both = FLOAT * (networks.generator + networks.discriminator)
     average = FLOAT * networks.generator if cfg.optim.ema_half_life_images else 0
     width = FLOAT if precision in ("fp32", "tf32") else 2
@@ -115,6 +117,16 @@ def num_due(every_images: int, cfg: Config, num_steps: int) -> int:
     return total // every_images + (not at_the_end)
 
 
+def num_saves(cfg: Config, num_steps: int) -> int:
+    """Checkpoints that a whole run writes: those that are due, and one before each evaluation."""
+    total, batch = num_steps * cfg.train.batch_size, cfg.train.batch_size
+    steps = {num_steps}
+    for every_images in (cfg.checkpoint.every_images, cfg.eval.every_images):
+        if every_images:
+            steps |= {-(-passed // batch) for passed in range(every_images, total + 1, every_images)}
+    return len(steps)
+
+
 @dataclass(frozen=True)
 class Disk:
     """Bytes of a run folder at its fullest."""
@@ -135,8 +147,9 @@ class Disk:
 
 def disk_of(cfg: Config, networks: Networks, num_steps: int, world_size: int) -> Disk:
     """What the run folder of a whole run needs."""
-    written = num_due(cfg.checkpoint.every_images, cfg, num_steps)
-    stays = min(written, cfg.checkpoint.keep + len(cfg.checkpoint.milestone_images))
+    written = num_saves(cfg, num_steps)
+    best = cfg.eval.every_images > 0  # may be an older one than those that stay anyway
+    stays = min(written, cfg.checkpoint.keep + len(cfg.checkpoint.milestone_images) + best)
     rows, columns = grid_shape(cfg.log.grid_size)
     height, width = cfg.data.size
     grid = rows * (height + GAP) * columns * (width + GAP) * cfg.data.nc

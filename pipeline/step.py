@@ -20,21 +20,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.normalize import normalize
 from pipeline import precision as precision_
-from pipeline.config import DiscriminatorInputConfig, LossConfig, OptimConfig
+from pipeline.config import DiscriminatorInputConfig, LossConfig
 from pipeline.diffaugment import diffaugment, draws
 from pipeline.instance_noise import instance_noise, std_at
 from pipeline.losses import Losses
-from pipeline.models import Discriminator, Generator
 from pipeline.penalties import gradient_penalty, r1
 from pipeline.philox import Stream, uniform_float32
+from pipeline.players import Players
 from pipeline.precision import Precision
 from pipeline.schedule import Schedule
 
@@ -50,65 +50,6 @@ SPREAD_STRIDE = 4
 
 REAL, FAKE = 0, 1
 """Two batches share their image numbers; this tells their draws apart."""
-
-
-@dataclass
-class Players:
-    """The two networks, what trains them and G's running average: everything a step changes."""
-
-    generator: Generator
-    discriminator: Discriminator
-    optimizer_g: torch.optim.Optimizer
-    optimizer_d: torch.optim.Optimizer
-    scaler_g: torch.amp.GradScaler
-    scaler_d: torch.amp.GradScaler
-    ema: dict[str, Tensor]
-    """G's parameters averaged over images; empty where no average is kept."""
-    parallel: dict[str, Any] = field(default_factory=dict)
-    """`generator` and `discriminator` as wrapped for many ranks; empty on a single one."""
-    compiled: dict[str, Any] = field(default_factory=dict)
-    """`generator` and `discriminator` compiled, which is then what is wrapped; empty where a step compiles nothing."""
-
-    def bare(self, name: str) -> Any:
-        """A network as it goes under DistributedDataParallel."""
-        return self.compiled.get(name, getattr(self, name))
-
-    def forward_g(self, latents: Tensor) -> Tensor:
-        return self.parallel.get("generator", self.bare("generator"))(latents)
-
-    def forward_d(self, images: Tensor, num_groups: int = 1) -> Tensor:
-        return self.parallel.get("discriminator", self.bare("discriminator"))(images, num_groups)
-
-    def learning_rates(self) -> dict[str, float]:
-        """G's, and D's where it has one of its own.  Waits for the device where an optimiser keeps its own there."""
-        of_g, of_d = (float(each.param_groups[0]["lr"]) for each in (self.optimizer_g, self.optimizer_d))
-        return {"learning_rate": of_g} | ({"learning_rate_d": of_d} if of_d != of_g else {})
-
-
-def make_players(
-    generator: Generator, discriminator: Discriminator, cfg: OptimConfig, *, lr: float, precision: Precision
-) -> Players:
-    """Optimisers, scalers and the average for networks that already lie on their device in their memory format.
-
-    Args:
-        lr: G's learning rate at this batch size, and D's where it has none of its own; its own grows by the same rule.
-    """
-    lr_d = cfg.lr_d * (lr / cfg.lr) if cfg.lr_d else lr
-
-    def adam(network: nn.Module, lr: float) -> torch.optim.Adam:
-        return torch.optim.Adam(network.parameters(), lr=lr, betas=(cfg.beta1, cfg.beta2), fused=True)
-
-    device = next(generator.parameters()).device.type
-    scaled = precision == "fp16"
-    return Players(
-        generator,
-        discriminator,
-        adam(generator, lr),
-        adam(discriminator, lr_d),
-        torch.amp.GradScaler(device, enabled=scaled),
-        torch.amp.GradScaler(device, enabled=scaled),
-        {k: p.detach().clone() for k, p in generator.named_parameters()} if cfg.ema_half_life_images else {},
-    )
 
 
 @dataclass(frozen=True)
@@ -170,10 +111,14 @@ class Step:
         self.device = next(players.generator.parameters()).device
         self.before_backward: Callable[[], None] = lambda: None
         """Called once a step where this rank's own work ends and waiting for the others begins."""
+        self.mark: Callable[[str], None] = lambda _phase: None
+        """Called where a part of the step ends, with its name: one of pipeline.profiling.PHASES."""
         self.skipped = torch.zeros(2, device=self.device)
         """(2,) 0 or 1: whether the last step left out D's and G's update."""
         self.hopeless = torch.zeros((), device=self.device)
         """() above 0: an update was left out for another reason than an fp16 scale that may still fall."""
+        self.penalty = torch.zeros(2, device=self.device)
+        """(2,) what D paid in the last step for its slope, by loss.gradient_penalty and loss.r1, and 1 where it did."""
         self._one = torch.ones((), device=self.device)
         self._statistics = [
             b for n in (players.generator, players.discriminator) for b in n.buffers() if b.is_floating_point()
@@ -197,6 +142,7 @@ class Step:
         Returns:
             (7,) float32 on the device: METERS, of this rank's images; not finite where the forward pass was not.
         """
+        self.mark("data")
         if self.schedule.kind != "none":
             self._scale_learning_rates(self.schedule.factor(images_seen))
         return self._run(images, latents, self._turn(images_seen, batch_size, len(images), numbers))
@@ -209,12 +155,14 @@ class Step:
         if self.guarded:
             torch._foreach_copy_(self._statistics_before, self._statistics)
         meters = self.play(real, latents, turn)
+        self.mark("rest")
         if self.guarded:  # running statistics would keep a NaN for ever
             bad = ~torch.isfinite(meters[:2]).all()
             for now, before in zip(self._statistics, self._statistics_before, strict=True):
                 torch.where(bad, before, now, out=now)
         if self.players.ema:
             self._move_average(turn.ema_weight)
+        self.mark("optimiser")
         return meters
 
     def _turn(self, images_seen: int, batch_size: int, count: int, numbers: Tensor | None) -> Turn:
@@ -240,6 +188,9 @@ class Step:
     def play(self, real: Tensor, latents: Tensor, turn: Turn) -> Tensor:
         """One round of the game; real is (N, C, H, W) in [-1, 1]."""
         raise NotImplementedError
+
+    def finish(self) -> None:
+        """Bring to its end what a step has left under way; to be called before anybody else looks at the players."""
 
     def _scale_learning_rates(self, factor: float) -> None:
         """Both networks' at this share of their whole values."""
@@ -280,11 +231,17 @@ class Step:
         """
         # D unwrapped: its parameters are the same, and one backward after all forward passes is one all-reduce.
         discriminator, cfg = self.players.discriminator, self.loss
+        paid = []
         if cfg.gradient_penalty:
             mix = uniform_float32(self.seed, Stream.PENALTY, turn.numbers, 1)[:, 0]
-            loss = loss + cfg.gradient_penalty * gradient_penalty(discriminator, real, fake, mix, self.precision)
+            paid.append(cfg.gradient_penalty * gradient_penalty(discriminator, real, fake, mix, self.precision))
         if turn.r1_due:
-            loss = loss + cfg.r1 * cfg.r1_every * r1(discriminator, real, self.precision)
+            paid.append(cfg.r1 * cfg.r1_every * r1(discriminator, real, self.precision))
+        self.penalty.zero_()
+        for penalty in paid:
+            loss = loss + penalty
+            self.penalty[0] += penalty.detach()
+            self.penalty[1] = 1
         return loss
 
     def ema_weight(self, images_seen: int, batch_size: int) -> float:
@@ -327,11 +284,15 @@ class Step:
 
     def update_d(self) -> None:
         """D's update, left out where a gradient is not finite."""
+        self.mark("backward")
         self._update(self.players.optimizer_d, self.players.scaler_d, 0)
+        self.mark("optimiser")
 
     def update_g(self) -> None:
         """G's update, left out where a gradient is not finite or, without scalers, D's was left out."""
+        self.mark("backward")
         self._update(self.players.optimizer_g, self.players.scaler_g, 1)
+        self.mark("optimiser")
 
     def loss_d(self, real_outputs: Tensor, fake_outputs: Tensor) -> Tensor:
         """What D pays, before penalties."""
@@ -395,18 +356,23 @@ class ReferenceStep(Step):
             real_logits = p.forward_d(seen_real)
             loss_real = self.losses.real(real_logits)
         self.before_backward()
+        self.mark("forward")
         p.scaler_d.scale(loss_real).backward()
+        self.mark("backward")
         with self.autocast():
             fake, seen_fake = self.draw(latents, turn)
             fake_logits = p.forward_d(seen_fake.detach())
             loss_fake = self.losses.fake(fake_logits)
-        p.scaler_d.scale(self.with_penalties(loss_fake, seen_real, seen_fake, turn)).backward()
+        penalised = self.with_penalties(loss_fake, seen_real, seen_fake, turn)
+        self.mark("forward")
+        p.scaler_d.scale(penalised).backward()
         self.update_d()
         if turn.g_learns:
             p.optimizer_g.zero_grad()
             with self.autocast():
                 after_logits = p.discriminator(seen_fake)
                 loss_g = self.losses.generator(after_logits)
+            self.mark("forward")
             p.scaler_g.scale(loss_g).backward()
             self.update_g()
         else:
@@ -414,25 +380,48 @@ class ReferenceStep(Step):
         return self.meters((loss_real + loss_fake, loss_g), (real_logits, fake_logits, after_logits), real, fake)
 
 
+class Seen(NamedTuple):
+    """What a step has of D's first look at a batch."""
+
+    fake: Tensor
+    """(N, C, H, W): G's images."""
+    seen_real: Tensor
+    """(N, C, H, W), as D sees them."""
+    seen_fake: Tensor
+    """(N, C, H, W), as D sees them, with the way back to G."""
+    loss_d: Tensor
+    real_logits: Tensor
+    fake_logits: Tensor
+
+
 class FastStep(Step):
     """The same round with less work."""
 
-    def play(self, real: Tensor, latents: Tensor, turn: Turn) -> Tensor:
-        p = self.players
+    def tell_apart(self, seen_real: Tensor, seen_fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """D's loss, and its outputs for real and for fake images; no gradient reaches G."""
+        # One pass of 2N suits a GPU, where launches count; on a CPU two passes are as fast (232 and 231 images/s
+        # at N = 128 in bf16, 2026-11) and need no copy of the two halves.
+        if self.joint:
+            both = torch.cat([seen_real, seen_fake.detach()])
+            real_logits, fake_logits = self.players.forward_d(both, num_groups=2).chunk(2)
+        else:
+            real_logits, fake_logits = self.players.forward_d(seen_real), self.players.forward_d(seen_fake.detach())
+        return self.loss_d(real_logits, fake_logits), real_logits, fake_logits
+
+    def look(self, real: Tensor, latents: Tensor, turn: Turn) -> Seen:
+        """Draw, and let D judge what is real and what is drawn."""
         with self.autocast():
             fake, seen_fake = self.draw(latents, turn)
             seen_real = self.as_d_sees(real, REAL, turn)
-            # One pass of 2N suits a GPU, where launches count; on a CPU two passes are as fast (232 and 231 images/s
-            # at N = 128 in bf16, 2026-11) and need no copy of the two halves.
-            if self.joint:
-                both = torch.cat([seen_real, seen_fake.detach()])
-                real_logits, fake_logits = p.forward_d(both, num_groups=2).chunk(2)
-            else:
-                real_logits, fake_logits = p.forward_d(seen_real), p.forward_d(seen_fake.detach())
-            loss_d = self.loss_d(real_logits, fake_logits)
+            return Seen(fake, seen_real, seen_fake, *self.tell_apart(seen_real, seen_fake))
+
+    def play(self, real: Tensor, latents: Tensor, turn: Turn) -> Tensor:
+        p = self.players
+        fake, seen_real, seen_fake, loss_d, real_logits, fake_logits = self.look(real, latents, turn)
         p.optimizer_d.zero_grad()
         penalised = self.with_penalties(loss_d, seen_real, seen_fake, turn)
         self.before_backward()
+        self.mark("forward")
         p.scaler_d.scale(penalised).backward()
         self.update_d()
 
@@ -441,6 +430,7 @@ class FastStep(Step):
                 after_logits = self.judge(seen_fake)
                 loss_g = self.loss_g(after_logits)
             p.optimizer_g.zero_grad()
+            self.mark("forward")
             p.scaler_g.scale(loss_g).backward()
             self.update_g()
         else:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from pipeline.players import Players
 from pipeline.precision import Precision
-from pipeline.step import FastStep, Players, Turn
+from pipeline.step import FastStep, Turn
 
 
 def compile_problem(device: torch.device) -> str:

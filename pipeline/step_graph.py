@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from pipeline import precision as precision_
+from pipeline.players import Players
 from pipeline.precision import Precision
-from pipeline.step import FastStep, Players, Turn
+from pipeline.step import FastStep, Turn
 
 WARM_UP_STEPS = 3
 """Of each kind before it is recorded: lazily made state, libraries' choices of algorithms."""

@@ -161,6 +161,36 @@ def slow_ranks(own_ms: Sequence[float], step_ms: float, ratio: float) -> list[in
     return [r for r, ms in enumerate(own_ms) if ms > ratio * middle and ms - middle > _SLOW_SHARE * step_ms]
 
 
+class SlowWatch:
+    """Names ranks that hold the others up, once two rows running show the same ones: one may be a neighbour's doing.
+
+    Args:
+        hosts: of every rank.
+    """
+
+    def __init__(self, hosts: Sequence[str], ratio: float) -> None:
+        self.hosts, self.ratio = hosts, ratio
+        self._slow: list[int] = []
+        self._told: list[int] = []
+
+    def look(self, own_ms: Sequence[float], step_ms: float) -> str:
+        """Which ranks are slow, told once; empty: nothing new.
+
+        Args:
+            own_ms: each rank's own part of a step.
+        """
+        before, self._slow = self._slow, slow_ranks(own_ms, step_ms, self.ratio)
+        if not self._slow or self._slow != before or self._slow == self._told:
+            return ""
+        self._told = self._slow
+        named = ", ".join(f"rank {r} on {self.hosts[r]} ({own_ms[r]:.0f} ms)" for r in self._slow)
+        others = sorted(ms for r, ms in enumerate(own_ms) if r not in self._slow)
+        return (
+            f"slow: {named} before each backward pass, where the other ranks wait; they take "
+            f"{others[len(others) // 2]:.0f} ms"
+        )
+
+
 class HangWatch:
     """Ends a process that has made no step for hang_s seconds, after writing down where each thread stands.
 

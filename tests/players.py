@@ -11,7 +11,8 @@ from pipeline import checkpoint as checkpoints
 from pipeline.cli.options import to_yaml
 from pipeline.config import Config, DataConfig, ModelConfig, OptimConfig
 from pipeline.models import Discriminator, Generator
-from pipeline.step import FastStep, Players, make_players
+from pipeline.players import Players, make_players
+from pipeline.step import FastStep
 
 NZ, WIDTH, SIDE, BATCH = 4, 2, 16, 4
 CFG = Config(data=DataConfig(image_size=SIDE), model=ModelConfig(nz=NZ, ngf=WIDTH, ndf=WIDTH))

@@ -13,7 +13,8 @@ from benchmarks import data, harness, plain_loop, quality, roofline, train
 from pipeline.config import OptimConfig
 from pipeline.face_set import write_faces
 from pipeline.models import Discriminator, Generator, initialise
-from pipeline.step import ReferenceStep, make_players
+from pipeline.players import make_players
+from pipeline.step import ReferenceStep
 
 PROMISED = {
     "benchmark", "variant", "images_per_s", "images_per_s_quartiles", "ratio_to_tutorial", "ratio_interval",

@@ -11,7 +11,7 @@ from pipeline.cli.options import to_yaml
 from pipeline.config import OptimConfig
 from pipeline.errors import StorageError
 from pipeline.models import Discriminator, Generator
-from pipeline.step import make_players
+from pipeline.players import make_players
 from tests.players import CFG, MANIFEST, assert_same, snapshot, tiny_players, train_some, write
 
 
@@ -202,9 +202,10 @@ def test_a_command_gets_the_best_the_last_or_the_one_at_a_path(tmp_path):
     assert checkpoints.chosen(run, "best").images_seen == 8
     assert checkpoints.chosen(run, "last").images_seen == 24
     assert checkpoints.chosen(run, str(checkpoints.folder_of(run, 16))).images_seen == 16
-    (run / "checkpoints" / "best.json").write_text('["images-000000008"]')
-    with pytest.raises(StorageError, match=r"best\.json names no checkpoint"):
-        checkpoints.chosen(run, "best")
+    for garbled in ('["images-000000008"]', '{"checkpoint": "../images-000000008"}', "", "\\0{", '{"best": 1}', "\xe4"):
+        (run / "checkpoints" / "best.json").write_bytes(garbled.encode("latin-1"))
+        with pytest.raises(StorageError, match=r"best\.json names no checkpoint"):
+            checkpoints.chosen(run, "best")
     mark_best(run, checkpoints.folder_of(run, 8))
     (checkpoints.folder_of(run, 8) / "state.pt").write_bytes(b"")
     with pytest.raises(StorageError, match="does not match its manifest"):  # never another one in its place

@@ -60,6 +60,15 @@ def test_pruning_spares_the_one_that_is_marked_as_the_best(tmp_path, make_writer
     assert counts_of(tmp_path) == [30, 40], "the best is another one now"
 
 
+def test_a_garbled_mark_of_the_best_is_one_line_in_the_training_thread_and_removes_nothing(tmp_path, make_writer):
+    writer = make_writer(keep=1)
+    save(writer, 20)
+    (tmp_path / "checkpoints" / "best.json").write_text("{")
+    with pytest.raises(StorageError, match=r"^[^\n]*best\.json names no checkpoint; without that file none is marked"):
+        save(writer, 30)
+    assert counts_of(tmp_path) == [20, 30]
+
+
 def test_the_writers_failure_reaches_the_training_thread(tmp_path, make_writer):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     with pytest.raises(StorageError, match="cannot write the checkpoint"):

@@ -242,11 +242,54 @@ def test_apptainers_scripts_are_shell(section):
     assert done.returncode == 0, done.stderr
 
 
-def test_hadolint_has_nothing_to_say():
+APEX_STEPS = steps((ROOT / "launch/container/apex.Dockerfile").read_text())
+APEX_STAGES = (ROOT / "launch/container/apex.def").read_text().split("Bootstrap: ")[1:]
+
+
+def test_apex_is_built_offline_from_a_context_with_its_kernels_and_without_isolation():
+    runs = [step for step in APEX_STEPS if step.name == "RUN"]
+    assert not any(re.search(r"\b(curl|wget|git clone|apt-get|https?:)", step.words) for step in runs)
+    assert [step.words.split("pip ")[1].split()[0] for step in runs] == ["wheel", "install"]
+    for step in runs:
+        assert {"--no-index", "--no-deps", "--no-cache-dir"} <= set(step.words.split())
+    assert "--no-build-isolation" in runs[0].words
+    (environment,) = [step.words.split() for step in APEX_STEPS if step.name == "ENV"]
+    assert {"APEX_CPP_EXT=1", "APEX_CUDA_EXT=1", "CUDA_HOME=/usr/local/cuda"} <= set(environment)
+
+
+def test_apexs_image_is_the_trainers_with_a_wheel_and_its_user():
+    last = max(i for i, step in enumerate(APEX_STEPS) if step.name == "FROM")
+    assert APEX_STEPS[last].words == "${TRAINER}"
+    assert [step.name for step in APEX_STEPS[last:]] == ["FROM", "USER", "RUN", "USER"]
+    assert [step.words for step in APEX_STEPS if step.name == "USER"][-1] == "10001:10001"
+    assert any(step.words.startswith("--from=apex ") or "--from=apex" in step.flags for step in APEX_STEPS)
+
+
+def test_apptainer_builds_apex_by_the_same_steps():
+    cuda, build, final = (sections(f"Bootstrap: {stage}") for stage in APEX_STAGES)
+    images = {step.words.partition("=")[0]: step.words.partition("=")[2] for step in APEX_STEPS if step.name == "ARG"}
+    assert f"From: {images['CUDA']}" in cuda[""]
+    assert all("From: dcgan.sif" in stage[""] for stage in (build, final))
+    ours = [step.words for step in APEX_STEPS if step.name == "RUN"]
+    theirs = [line for stage in (build, final) for line in stage["post"] if " pip " in f" {line} " and "-m pip" in line]
+    assert theirs == ours
+    exported = {line.removeprefix("export ").replace('"', "") for line in build["post"] if line.startswith("export")}
+    (environment,) = [step.words for step in APEX_STEPS if step.name == "ENV"]
+    filled = environment.replace("${ARCHITECTURES}", images["ARCHITECTURES"].strip('"')).replace(
+        "${JOBS}", images["JOBS"]
+    )
+    assert exported == set(filled.split())
+    for stage in (build, final):
+        done = subprocess.run(["/bin/sh", "-n"], input="\n".join(stage["post"]), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", ["Dockerfile", "launch/container/apex.Dockerfile"])
+def test_hadolint_has_nothing_to_say(path):
     hadolint = shutil.which("hadolint", path=f"{ROOT / 'build/tools/bin'}{os.pathsep}{os.environ['PATH']}")
     if hadolint is None:
         pytest.skip("no hadolint: make build/tools/.ready")
-    done = subprocess.run([hadolint, str(ROOT / "Dockerfile")], capture_output=True, text=True)
+    done = subprocess.run([hadolint, str(ROOT / path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

@@ -14,7 +14,8 @@ from pipeline.meters import Meters
 from pipeline.models import Discriminator, Generator
 from pipeline.order import Slice
 from pipeline.philox import Stream, normal
-from pipeline.step import FastStep, make_players
+from pipeline.players import make_players
+from pipeline.step import FastStep
 from tests.ranks import run_ranks
 
 BATCH, STEPS = 8, 5

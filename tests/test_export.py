@@ -27,8 +27,8 @@ from pipeline.config import Config, DataConfig, LossConfig, ModelConfig, OptimCo
 from pipeline.export import BATCHES, Difference, check_target, compared, drawn_with, folded
 from pipeline.model_card import dataset_name
 from pipeline.models import Discriminator, Generator
+from pipeline.players import make_players
 from pipeline.sampling import recalibrated
-from pipeline.step import make_players
 from tests.commands import ROOT
 from tests.players import MANIFEST, snapshot
 

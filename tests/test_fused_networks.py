@@ -10,8 +10,9 @@ from pipeline import distributed, models
 from pipeline.config import DistributedConfig, LossConfig
 from pipeline.distributed import Ranks
 from pipeline.models import Discriminator, Generator
+from pipeline.players import Players
 from pipeline.sampling import recalibrated
-from pipeline.step import FastStep, Players
+from pipeline.step import FastStep
 from tests.players import BATCH, NZ, SIDE, assert_same, snapshot, tiny_players
 from tests.ranks import run_ranks
 from tests.test_gpu import data, make_step

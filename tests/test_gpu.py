@@ -12,7 +12,8 @@ from pipeline import precision
 from pipeline.config import OptimConfig
 from pipeline.face_set import write_faces
 from pipeline.models import Discriminator, Generator, initialise
-from pipeline.step import METERS, FastStep, ReferenceStep, make_players
+from pipeline.players import make_players
+from pipeline.step import METERS, FastStep, ReferenceStep
 
 pytestmark = pytest.mark.gpu
 

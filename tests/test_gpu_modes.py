@@ -12,8 +12,9 @@ from pipeline import assembly
 from pipeline.config import Config, DiscriminatorInputConfig, DistributedConfig, LossConfig, OptimConfig
 from pipeline.distributed import Ranks
 from pipeline.models import Discriminator, Generator, initialise
+from pipeline.players import make_players
 from pipeline.schedule import Schedule
-from pipeline.step import FastStep, make_players
+from pipeline.step import FastStep
 from pipeline.step_compiled import CompiledStep
 from pipeline.step_graph import WARM_UP_STEPS, WARM_UP_STEPS_RANKS, GraphStep
 from tests.test_step_modes import assert_alike, rates_of, state_of

@@ -299,3 +299,14 @@ def test_sums_of_an_older_version_are_left_alone():
 )
 def test_maintenance_is_due_when_a_multiple_is_passed_and_at_the_end(every, before, now, last, due):
     assert Maintenance(every, lambda _: None).due(before, now, last) is due
+
+
+def test_what_d_pays_for_its_slope_is_the_mean_over_the_steps_in_which_it_pays():
+    meters, paid = Meters(torch.device("cpu"), 1), torch.tensor([3.0, 1.0])
+    for step, penalty in enumerate((paid, torch.zeros(2), 2 * paid - torch.tensor([0.0, 1.0]), paid)):
+        losses = torch.full((7,), torch.nan if step == 3 else 1.0)
+        meters.add(losses, torch.zeros(2), penalty)
+        meters.restore([meters.state()], 0)  # as a resumed run does
+    assert meters.read()[0]["penalty_d"] == pytest.approx(4.5)
+    meters.add(torch.ones(7), torch.zeros(2), torch.zeros(2))
+    assert "penalty_d" not in meters.read()[0]

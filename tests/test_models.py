@@ -19,7 +19,8 @@ from pipeline.models import (
     initialise,
     step_flops,
 )
-from pipeline.step import FastStep, Players, ReferenceStep, make_players
+from pipeline.players import Players, make_players
+from pipeline.step import FastStep, ReferenceStep
 from tests.players import assert_same, snapshot, train_some
 from tests.ranks import run_ranks
 

@@ -18,8 +18,8 @@ from pipeline.cli.options import parse
 from pipeline.config import Config
 from pipeline.face_set import write_faces
 from pipeline.loop import Maintenance
-from pipeline.sizes import checkpoint_bytes, disk_of, memory_of, networks_of, num_due
-from pipeline.step import make_players
+from pipeline.players import make_players
+from pipeline.sizes import checkpoint_bytes, disk_of, memory_of, networks_of, num_due, num_saves
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--data.image_size", "16", "--model.ngf", "4", "--model.ndf", "4", "--model.nz", "8")
@@ -138,6 +138,38 @@ def test_what_is_due_is_counted_as_the_loop_does_it():
         entry = Maintenance(every, lambda _seen: None)
         done = sum(entry.due(i * batch, (i + 1) * batch, i == steps - 1) for i in range(steps))
         assert num_due(every, cfg, steps) == done
+
+
+def test_checkpoints_that_evaluations_write_are_counted_as_the_loop_does_it():
+    for batch, every, evaluations, steps in (
+        (8, 20, 28, 50),
+        (8, 24, 24, 20),
+        (8, 0, 30, 9),
+        (8, 3, 5, 7),
+        (8, 40, 0, 9),
+    ):
+        sizes = {"train.batch_size": batch, "checkpoint.every_images": every, "eval.every_images": evaluations}
+        cfg = parse([word for key, value in sizes.items() for word in (f"--{key}", str(value))]).config
+        entries = [Maintenance(every, lambda _seen: None)] + [Maintenance(evaluations, lambda _seen: None)] * (
+            evaluations > 0
+        )
+        done = sum(
+            any(entry.due(i * batch, (i + 1) * batch, i == steps - 1) for entry in entries) for i in range(steps)
+        )
+        assert num_saves(cfg, steps) == done, sizes
+    every_third = ["--checkpoint.every_images", "1000", "--checkpoint.keep", "3", "--eval.every_images", "500"]
+    cfg = parse(every_third).config
+    assert disk_of(cfg, networks_of(cfg), 100, 1).num_checkpoints == 5, "three, the best, and the one being written"
+
+
+def test_the_plan_tells_the_checkpoints_of_evaluations_and_the_memory_of_a_part(planned):
+    words = (*CELEBA, "--gpus", "1", "--checkpoint.every_images", "100000")
+    assert "checkpoints  11, the newest 3 stay\n" in planned(*words)
+    text = planned(*words, "--eval.every_images", "200000")
+    assert "checkpoints  11, the newest 3 stay, and the best\n" in text
+    assert "checkpoints  14, the newest 3 stay, and the best\n" in planned(*words, "--eval.every_images", "150000")
+    whole, part = cells(text, "activations"), cells(planned(*words, "--train.micro_batch", "32"), "activations")
+    assert float(part[0].split()[0]) == pytest.approx(float(whole[0].split()[0]) / 4, rel=0.01)
 
 
 def test_no_more_checkpoints_lie_on_the_disk_than_are_written():

@@ -104,3 +104,15 @@ def test_a_mark_goes_with_its_checkpoint(tmp_path):
     checkpoints.set_aside_after(tmp_path, 0)
     keep_best(tmp_path, Standing("swd", None, 0))
     assert checkpoints.best(tmp_path) == ""
+
+
+def test_a_garbled_mark_is_made_anew_from_the_evaluations(tmp_path):
+    mark = tmp_path / "checkpoints" / "best.json"
+    mark.parent.mkdir()
+    for garbled in ("", "{", "[]", '{"checkpoint": 3}'):
+        mark.write_text(garbled)
+        keep_best(tmp_path, Standing("swd", line(8, 5.0), 0))
+        assert checkpoints.best(tmp_path) == "images-000000008"
+        mark.write_text(garbled)
+        keep_best(tmp_path, Standing("swd", None, 0))
+        assert not mark.exists()

@@ -12,8 +12,9 @@ from pipeline.distributed import wrap
 from pipeline.losses import Losses, generator_loss
 from pipeline.models import Discriminator, Generator, initialise
 from pipeline.order import Slice
+from pipeline.players import make_players
 from pipeline.precision import dtype_of
-from pipeline.step import METERS, FastStep, ReferenceStep, make_players
+from pipeline.step import METERS, FastStep, ReferenceStep
 from tests.ranks import run_ranks
 
 N, NZ, WIDTH, SIDE = 8, 10, 8, 32

@@ -30,8 +30,9 @@ from pipeline.diffaugment import diffaugment, draws
 from pipeline.instance_noise import instance_noise
 from pipeline.losses import Losses
 from pipeline.philox import Stream, words
+from pipeline.players import make_players
 from pipeline.schedule import Schedule
-from pipeline.step import METERS, FastStep, ReferenceStep, make_players
+from pipeline.step import METERS, FastStep, ReferenceStep
 from pipeline.watch import CollapseWatch
 from tests.commands import ROOT, rows
 from tests.numbered import words as command_words

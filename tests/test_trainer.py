@@ -77,6 +77,14 @@ def test_ds_own_learning_rate_stands_in_every_row_where_it_has_one(train, tmp_pa
     assert all("learning_rate_d" not in row for row in rows(tmp_path / "one/stats.jsonl"))
 
 
+def test_ds_penalty_stands_in_the_rows_of_steps_in_which_it_is_due(train, tmp_path):
+    assert train(loss__r1=10.0, loss__r1_every=2)[0] == 0
+    found = ["penalty_d" in row for row in rows(tmp_path / "run/stats.jsonl")]
+    assert found == [True, False] * 4
+    assert train("plain", train__max_images=8)[0] == 0
+    assert all("penalty_d" not in row for row in rows(tmp_path / "plain/stats.jsonl"))
+
+
 def test_watching_for_numbers_that_are_not_finite_changes_no_bit_of_a_healthy_run(train, tmp_path):
     for guarded in ("true", "false"):
         assert train(guarded, watch__skip_non_finite=guarded)[0] == 0

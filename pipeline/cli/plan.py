@@ -32,7 +32,7 @@ from pipeline.environment import ROOT, hardware
 from pipeline.index import Dataset, open_dataset
 from pipeline.philox import Stream
 from pipeline.sampling import latents
-from pipeline.sizes import Networks, disk_of, memory_of, networks_of, num_due
+from pipeline.sizes import Networks, disk_of, memory_of, networks_of, num_saves
 
 NAME = "plan.py"
 RESULTS = ROOT / "benchmarks" / "results" / "train.jsonl"
@@ -173,8 +173,11 @@ def _facts(question: Question) -> list[str]:
         images = f"{question.num_images:,} images, not looked at"
     total = num_steps * train.batch_size
     height, width = data.size
-    saves = num_due(cfg.checkpoint.every_images, cfg, num_steps)
+    saves = num_saves(cfg, num_steps)
     milestones = len(cfg.checkpoint.milestone_images)
+    also = (f", and {milestones} milestones" if milestones else "") + (
+        ", and the best" if cfg.eval.every_images else ""
+    )
     return [
         f"dataset      {images}",
         f"config       {question.options.config_name}: {height} x {width} x {data.nc}, nz {model.nz}, ngf {model.ngf}, "
@@ -183,8 +186,7 @@ def _facts(question: Question) -> list[str]:
         f"{networks.flops / 1e6:,.1f} MFLOP an image and step",
         f"run          {num_steps:,} steps of {train.batch_size}: {total:,} images, "
         f"{total / question.num_images:,.2f} epochs; learning rate {cfg.optim.scaled_lr(train.batch_size):g}",
-        f"checkpoints  {saves:,}, the newest {cfg.checkpoint.keep} stay"
-        + (f", and {milestones} milestones" if milestones else ""),
+        f"checkpoints  {saves:,}, the newest {cfg.checkpoint.keep} stay{also}",
     ]
 
 
