@@ -139,6 +139,7 @@ class Attempt:
             )
             stack.callback(self.writer.close)
             stack.callback(self.run.close_log)
+            stack.callback(self.step.close)
             if ranks.leads:
                 self.snapshots = Snapshots(self.step.players)
             self.peak_tflops = measured_peak_tflops(ranks.device, precision.dtype_of(self.plan.precision))
@@ -281,8 +282,7 @@ class Attempt:
             self.run.log.write(row, self.progress)
             self._update_status(seen)
         self._look_for_slow_ranks(own_ms, 1e3 * cfg.train.batch_size / max(row["images_per_s"], 1e-9), seen)
-        news = self.step.news()
-        if news:
+        if news := self.step.news():
             self._event(news, seen)
         collapsed = self.collapse.look(row, images)
         if collapsed:
