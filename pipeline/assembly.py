@@ -13,7 +13,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.decode import Decoder, choose_decoder
 from pipeline.distributed import Ranks
 from pipeline.index import Dataset
-from pipeline.models import BatchNormAct, Discriminator, Generator, initialise
+from pipeline.models import Discriminator, Generator, Kernels, initialise
 from pipeline.precision import Precision
 from pipeline.schedule import Schedule
 from pipeline.step import FastStep, ReferenceStep, Step, make_players
@@ -34,7 +34,7 @@ class Plan:
     num_steps: int
     total_images: int
     networks: str = "torch"
-    batchnorm: BatchNormAct = "torch"
+    batchnorm: Kernels = "torch"
     gather: str = "torch"
     """What does these operations, as under kernels; torch until `candidates.settle` has chosen."""
 
