@@ -41,6 +41,7 @@ class Plan:
     total_images: int
     networks: str = "torch"
     batchnorm: Kernels = "torch"
+    image_ends: Kernels = "torch"
     gather: str = "torch"
     """What does these operations, as under kernels; torch until `candidates.settle` has chosen."""
 
@@ -139,6 +140,7 @@ def build_step(cfg: Config, plan: Plan, ranks: Ranks) -> Step:
     for network in (generator, discriminator):
         network.native = plan.networks == "native"
         network.batchnorm_act = plan.batchnorm
+        network.image_ends = plan.image_ends
     if cfg.distributed.sync_batchnorm:
         distributed.synchronise_batchnorm(generator, ranks)
         distributed.synchronise_batchnorm(discriminator, ranks)
