@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from kernels import native
+from kernels.language import INTERPRETED
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 """The CPU's own path, or, with TRITON_INTERPRET=1, Triton's kernels run by its interpreter; and a GPU."""
 
-FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+FLOATS = [torch.float32, torch.bfloat16, *([] if INTERPRETED else [torch.float16])]
+"""Under the interpreter, which is slow, one short type stands for both."""
 
 
 def assert_rounded(result: Tensor, exact: Tensor, *, sums: Tensor | float = 0.0) -> None:
