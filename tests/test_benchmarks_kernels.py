@@ -119,9 +119,11 @@ def test_operations_are_measured_eager_compiled_and_ours(tmp_path, capsys, monke
     monkeypatch.setattr(roofline, "_COPY_BYTES", {"cpu": 1 << 20})
     words = f"{SMALL} --pairs 2 --block-ms 0.1 --precision fp32 --results {tmp_path}"
     with torch.compiler.set_stance("force_eager"):  # what is compiled is the definition: compiling it takes 20 s
-        assert kernels.main([*words.split(), "--only", "normalize"]) == 0
+        assert kernels.main([*words.split(), "--only", "normalize", "--batch", "2,3"]) == 0
     assert kernels.main([*words.split(), "--only", "bn-leaky-*,conv-2-4", "--ways", "eager"]) == 0
-    rows = {row["variant"]: row for row in map(json.loads, (tmp_path / "kernels.jsonl").read_text().splitlines())}
+    written = list(map(json.loads, (tmp_path / "kernels.jsonl").read_text().splitlines()))
+    assert [row["batch_size"] for row in written] == [2, 2, 2, 3, 3, 3, 2, 2, 2, 2]
+    rows = {row["variant"]: row for row in written}
     assert list(rows) == [
         "normalize/forward/eager", "normalize/forward/compile", "normalize/forward/custom",
         "bn-leaky-4/forward/eager", "bn-leaky-4/both/eager", "conv-2-4/forward/eager", "conv-2-4/both/eager",
@@ -141,7 +143,7 @@ def test_passes_that_come_too_late_are_left_out_and_named(monkeypatch, capsys):
     monkeypatch.setattr(roofline, "measure", lambda *_: Machine(1e9, 1e9))
     assert kernels.main(f"{SMALL} --max-s 0.000001 --ways ours --no-record".split()) == 2
     said = capsys.readouterr().err
-    assert "left out after --max-s 1e-06: normalize/forward, bn-leaky-4/forward" in said
+    assert "left out after --max-s 1e-06: normalize/forward at 2, bn-leaky-4/forward at 2" in said
     assert said.splitlines()[-1].startswith("benchmarks.kernels: error: --only must match an operation")
 
 
