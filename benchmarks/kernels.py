@@ -255,7 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             f"{first['image_size']} x {first['image_size']}, {first['precision']}, {first['hardware']['cpu']}, "
             f"{first['threads']} threads, device {first['device']}: {first['gemm_gflops_per_s']:,.0f} GFLOP/s in "
-            f"matrix products, {first['copy_gb_per_s']:,.1f} GB/s in copies; {args.pairs} rounds; medians [95 % interval]"
+            f"matrix products, {first['copy_gb_per_s']:,.1f} GB/s in copies; {args.pairs} rounds; "
+            "medians [95 % interval]"
         )
         print(summary(recorder.rows))
 
