@@ -10,8 +10,9 @@ from typing import Protocol
 
 from benchmarks import harness
 from pipeline import precision, resume
-from pipeline.assembly import Plan, build_step, make_plan, settle
+from pipeline.assembly import Plan, build_step, make_plan
 from pipeline.cache import build_cache
+from pipeline.candidates import settle
 from pipeline.checkpoint import buffers_of
 from pipeline.checkpoint_writer import Snapshots, Writer
 from pipeline.choices import Choices

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from pipeline import checkpoint as checkpoints
-from pipeline import distributed, evaluating, precision, resume
+from pipeline import distributed, evaluating, garbage, precision, resume
 from pipeline.assembly import Plan, build_step, wrap_players
 from pipeline.cache import Cached
 from pipeline.checkpoint_writer import Snapshots, Writer
@@ -88,7 +88,7 @@ class Attempt:
             device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu",
             choices=run.choices.layout(),
         )
-        wrap_players(self.step.players, ranks, cfg)  # gives every rank rank 0's statistics, so it comes first
+        wrap_players(self.step, ranks, cfg)  # gives every rank rank 0's statistics, so it comes first
         self.meters = Meters(ranks.device, ranks.world_size)
         distributed.together(self._restore)
         self.hosts = distributed.gather(socket.gethostname())
@@ -115,11 +115,11 @@ class Attempt:
             checkpoints.restore_weights(players, checkpoints.load(source))
             self.run.say(f"weights from {source.folder}, counters at zero")
 
-    def _feed(self, start: int, part: Slice) -> Feed:
+    def _feed(self, start: int, part: Slice, normalised: torch.dtype | None = None) -> Feed:
         return open_feed(
             self.cfg.data, self.data.dataset, seed=self.cfg.run.seed, shard=part, device=self.ranks.device,
             images_seen=start, threads=self.data.threads, decoder=self.plan.decoder, cached=self.data.cached,
-            samples=self.data.samples,
+            samples=self.data.samples, normalised=normalised,
         )  # fmt: skip
 
     def train(self) -> Outcome:
@@ -147,9 +147,11 @@ class Attempt:
             self.hang = HangWatch(cfg.watch.hang_s, self.folder.path, ranks.rank, self.run.hung)
             stack.callback(self.hang.close)
             self.run.on_leader(self._begin)
-            feed = self._feed(self.images_seen + self.history.order_offset, self.shard)
+            dtype = None if self.plan.gather == "torch" else precision.dtype_of(self.plan.precision)
+            feed = self._feed(self.images_seen + self.history.order_offset, self.shard, dtype)
             stack.callback(feed.close)
             self.timing = Timing(feed, float(found.manifest["elapsed_s"]) if found else 0.0)
+            stack.enter_context(garbage.collected_between_steps())
             self.run.training_begins()
             reason = ALL_SEEN
             try:
@@ -191,6 +193,7 @@ class Attempt:
             Maintenance(every_step, self._vote),  # may end the run: after what else is due at this step
             Maintenance(cfg.checkpoint.every_images, self._save_if_good),
             *([Maintenance(cfg.eval.every_images, self._evaluate)] if self.data.evaluation else []),
+            Maintenance(garbage.EVERY_STEPS * every_step, garbage.collect),
             Maintenance(every_step, lambda _seen: self.own_time.begin()),  # last: what maintenance takes is no work
         ]
         return train(
@@ -269,7 +272,7 @@ class Attempt:
         row |= means | self.timing.read(images, ranks.world_size)
         achieved = self.flops * row["images_per_s_rank"] / 1e12
         row |= {
-            **self._learning_rates(),
+            **self.step.players.learning_rates(),
             "memory_gib": memory_gib(ranks.device),
             "tflop_per_s": achieved,
             "peak_fraction": achieved / self.peak_tflops,
@@ -278,6 +281,9 @@ class Attempt:
             self.run.log.write(row, self.progress)
             self._update_status(seen)
         self._look_for_slow_ranks(own_ms, 1e3 * cfg.train.batch_size / max(row["images_per_s"], 1e-9), seen)
+        news = self.step.news()
+        if news:
+            self._event(news, seen)
         collapsed = self.collapse.look(row, images)
         if collapsed:
             self._event(f"collapse: {collapsed}", seen)
@@ -285,12 +291,6 @@ class Attempt:
                 raise Diverging(f"collapse: {collapsed}", seen, seen - self.collapse.held)
             if cfg.watch.on_collapse == "stop":
                 raise Diverged(f"collapse: {collapsed} (watch.on_collapse is stop)").on_every_rank()
-
-    def _learning_rates(self) -> dict[str, float]:
-        """G's, and D's where it has one of its own."""
-        players = self.step.players
-        of_g, of_d = (optimizer.param_groups[0]["lr"] for optimizer in (players.optimizer_g, players.optimizer_d))
-        return {"learning_rate": of_g} | ({"learning_rate_d": of_d} if of_d != of_g else {})
 
     def _look_for_slow_ranks(self, own_ms: list[float], step_ms: float, seen: int) -> None:
         slow = slow_ranks(own_ms, step_ms, self.cfg.watch.slow_rank_ratio)

@@ -180,12 +180,49 @@ def _copy(source: Pixels, items: np.ndarray | None, params: Parameters, out: Pix
         dst[i] = cut[:, ::-1] if flip else cut
 
 
-def take_device(source: Tensor, items: Tensor, params: Parameters, size: tuple[int, int]) -> Tensor:
+@dataclass(frozen=True)
+class Places:
+    """Where each of N images is cut out and whether it is mirrored, on the device; None as in Parameters."""
+
+    rows: Tensor
+    """(N,) int64."""
+    flip: Tensor | None
+    """(N,) bool."""
+    top: Tensor | None
+    left: Tensor | None
+    """(N,) int64."""
+
+
+NUM_PLACES = 4
+
+
+def pack_places(items: np.ndarray, params: Parameters, out: np.ndarray) -> None:
+    """Write what Places holds into one piece of memory, (NUM_PLACES, N) int64, so that one copy brings it to a GPU."""
+    for row, values in zip(out, (items, params.flip, params.top, params.left), strict=True):
+        if values is not None:
+            row[:] = values
+
+
+def unpack_places(packed: Tensor, params: Parameters) -> Places:
+    """The Places in a copy of what pack_places wrote."""
+    rows, flip, top, left = packed
+    return Places(
+        rows,
+        None if params.flip is None else flip.bool(),
+        None if params.top is None else top,
+        None if params.left is None else left,
+    )
+
+
+def take_device(
+    source: Tensor, items: Tensor, params: Parameters, size: tuple[int, int], places: Places | None = None
+) -> Tensor:
     """take_numpy in torch: one gather for rows, crop and mirror together, on the device of source.
 
     Args:
         source: (M, H + m, W + m, C) uint8.
         items: (N,) int64 on that device.
+        places: items and params' places where they lie on the device already.
 
     Returns:
         (N, H, W, C) uint8, contiguous.
@@ -196,15 +233,18 @@ def take_device(source: Tensor, items: Tensor, params: Parameters, size: tuple[i
         return torch.from_numpy(values).to(device, non_blocking=True)
 
     height, width = size
-    if params.flip is None and params.top is None:
+    if places is None:
+        flip, top, left = (None if p is None else there(p) for p in (params.flip, params.top, params.left))
+        places = Places(items, flip, top, left)
+    if places.flip is None and places.top is None:
         done = source.index_select(0, items)
     else:
         y = torch.arange(height, device=device)[None, :]
         x = torch.arange(width, device=device)[None, :]
-        if params.flip is not None:
-            x = torch.where(there(params.flip)[:, None], width - 1 - x, x)
-        if params.top is not None and params.left is not None:
-            y, x = y + there(params.top)[:, None], x + there(params.left)[:, None]
+        if places.flip is not None:
+            x = torch.where(places.flip[:, None], width - 1 - x, x)
+        if places.top is not None and places.left is not None:
+            y, x = y + places.top[:, None], x + places.left[:, None]
         done = source[items[:, None, None], y[:, :, None], x[:, None, :]]
     colour = params.colour(source.shape[3])
     if colour is not None:

@@ -87,6 +87,13 @@ def _to_cpu(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", copy=True)
 
 
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> State:
+    """Its state with learning rates as plain numbers, wherever the step keeps them."""
+    state = optimizer.state_dict()
+    groups = [group | {"lr": float(group["lr"])} for group in state["param_groups"]]
+    return state | {"param_groups": groups}
+
+
 def snapshot(players: Players, rank_buffers: list[Tensor], take: Callable[[Tensor], Tensor] = _to_cpu) -> State:
     """Everything that changes during training, copied to the CPU.
 
@@ -98,8 +105,8 @@ def snapshot(players: Players, rank_buffers: list[Tensor], take: Callable[[Tenso
         "generator": players.generator.state_dict(),
         "discriminator": players.discriminator.state_dict(),
         "ema": players.ema,
-        "optimizer_g": players.optimizer_g.state_dict(),
-        "optimizer_d": players.optimizer_d.state_dict(),
+        "optimizer_g": _optimizer_state(players.optimizer_g),
+        "optimizer_d": _optimizer_state(players.optimizer_d),
         "scaler_g": players.scaler_g.state_dict(),
         "scaler_d": players.scaler_d.state_dict(),
     }

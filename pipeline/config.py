@@ -157,8 +157,10 @@ class TrainConfig:
     """Images after which training ends, if num_epochs does not end it sooner; 0: no such limit."""
     max_minutes: float = 0.0
     """Minutes after which this start saves and stops as if preempted, for a queue's time limit; 0: no such limit."""
-    mode: Literal["auto", "eager", "reference"] = "auto"
-    """How a step runs: reference is the tutorial's arrangement, eager a faster one of equal results; auto: eager."""
+    mode: Literal["auto", "eager", "reference", "compile", "graph"] = "auto"
+    """How a step runs: reference is the tutorial's arrangement, eager a faster one of equal results, compile the same
+    by torch.compile, graph the same as one CUDA graph; auto: the fastest of these on a GPU, measured at the run's first
+    start, and eager on a CPU unless another has been measured to be faster there."""
     channels_last: bool = True
     """Keep images and convolution weights with the channels innermost (NHWC)."""
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kernels import pixel_major
+from kernels.batchnorm_act import batchnorm_act
+from kernels.image_ends import conv_leaky_relu, conv_transpose_tanh
 from pipeline.config import num_halvings
 
 LEAK = 0.2
@@ -89,6 +92,36 @@ def _full_precision(device_type: str) -> contextlib.AbstractContextManager[None]
     return torch.autocast(device_type, enabled=False)
 
 
+Kernels = Literal["torch", "triton"]
+"""Who computes a layer together with what stands beside it: torch, one after the other, or kernels/, as one."""
+
+
+def through(layers: Iterable[nn.Module], x: Tensor, batchnorm_act_by: Kernels, num_groups: int = 1) -> Tensor:
+    """x through all layers; BatchNorm in training and the activation behind it as one where kernels/ shall.
+
+    Hooks on layers that were taken as one are not called.
+    """
+    waiting = iter(layers)
+    for layer in waiting:
+        if isinstance(layer, GroupedBatchNorm2d):
+            layer.num_groups = num_groups
+        if batchnorm_act_by == "triton" and isinstance(layer, nn.BatchNorm2d) and _can_be_fused(layer):
+            activation: Any = next(waiting)
+            slope = activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.0
+            running: Any = layer.running_mean, layer.running_var, layer.num_batches_tracked
+            momentum: Any = layer.momentum
+            settings = {"slope": slope, "num_groups": num_groups, "momentum": momentum, "eps": layer.eps}
+            x = batchnorm_act(x, layer.weight, layer.bias, *running, **settings)
+        else:
+            x = layer(x)
+    return x
+
+
+def _can_be_fused(layer: nn.BatchNorm2d) -> bool:
+    """In training as usual: the batch's statistics, and running ones that follow by a fixed share."""
+    return layer.training and layer.track_running_stats and layer.momentum is not None
+
+
 def initialise(network: nn.Module, generator: torch.Generator) -> None:
     """The paper's initial weights (section 3): convolutions N(0, 0.02), BatchNorm scales N(1, 0.02), shifts 0.
 
@@ -109,6 +142,11 @@ def initialise(network: nn.Module, generator: torch.Generator) -> None:
 class Generator(nn.Module):
     """Draws images from latent vectors: (N, nz) -> (N, nc, height, width) in [-1, 1]."""
 
+    batchnorm_act: Kernels = "torch"
+    image_ends: Kernels = "torch"
+    native: bool = False
+    """Train through the AMX kernels, where `native_problem` finds nothing against it."""
+
     def __init__(self, nz: int, ngf: int, nc: int, height: int, width: int) -> None:
         super().__init__()
         n = num_halvings(height, width)
@@ -119,13 +157,14 @@ class Generator(nn.Module):
             layers += [nn.ConvTranspose2d(inner, outer, 4, stride=2, padding=1, bias=False)]
         self.layers = nn.Sequential(*layers)
 
-    native: bool = False
-    """Train through the AMX kernels, where `native_problem` finds nothing against it."""
-
     def forward(self, latents: Tensor) -> Tensor:
         if self.native and _trains_in_bf16(self):
             return torch.tanh(self._pixel_major(latents))
-        return torch.tanh(self.layers(latents[:, :, None, None]))
+        inner: list[nn.Module]
+        last: Any
+        *inner, last = self.layers
+        x = through(inner, latents[:, :, None, None], self.batchnorm_act)
+        return conv_transpose_tanh(x, last.weight) if self.image_ends == "triton" else torch.tanh(last(x))
 
     def _pixel_major(self, latents: Tensor) -> Tensor:
         first, *hidden, last = (m for m in self.layers if isinstance(m, nn.ConvTranspose2d))
@@ -147,6 +186,11 @@ class Discriminator(nn.Module):
     one kind's state does not load into the other.
     """
 
+    batchnorm_act: Kernels = "torch"
+    image_ends: Kernels = "torch"
+    native: bool = False
+    """Train through the AMX kernels, where `native_problem` finds nothing against it."""
+
     def __init__(self, ndf: int, nc: int, height: int, width: int, *, spectral_norm: bool = False) -> None:
         super().__init__()
         n = num_halvings(height, width)
@@ -162,18 +206,18 @@ class Discriminator(nn.Module):
             if spectral_norm and isinstance(layer, nn.Conv2d):
                 parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
 
-    native: bool = False
-    """Train through the AMX kernels, where `native_problem` finds nothing against it."""
-
     def forward(self, images: Tensor, num_groups: int = 1) -> Tensor:
         if self.native and _trains_in_bf16(self):
             return self._pixel_major(images, num_groups)
-        x = images
-        for layer in self.layers:
-            if isinstance(layer, GroupedBatchNorm2d):
-                layer.num_groups = num_groups
-            x = layer(x)
-        return x.flatten()
+        inner: list[nn.Module]
+        first: Any
+        activation: Any
+        first, activation, *inner = self.layers
+        if self.image_ends == "triton":
+            x = conv_leaky_relu(images, first.weight, activation.negative_slope)
+        else:
+            x = activation(first(images))
+        return through(inner, x, self.batchnorm_act, num_groups).flatten()
 
     def _pixel_major(self, images: Tensor, num_groups: int) -> Tensor:
         first, *hidden, last = (m for m in self.layers if isinstance(m, nn.Conv2d))

@@ -73,9 +73,13 @@ def dtype_of(precision: Precision) -> torch.dtype:
     return _DTYPES[precision]
 
 
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager:
-    """The context in which the networks run: weights stay float32, convolutions are done in `precision`."""
-    return torch.autocast(device.type, dtype_of(precision), enabled=precision in ("bf16", "fp16"))
+def autocast(precision: Precision, device: torch.device, *, cache: bool = True) -> AbstractContextManager:
+    """The context in which the networks run: weights stay float32, convolutions are done in `precision`.
+
+    Args:
+        cache: convert a weight once for all its uses within the context.
+    """
+    return torch.autocast(device.type, dtype_of(precision), enabled=precision in ("bf16", "fp16"), cache_enabled=cache)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 `ReferenceStep` is the tutorial's order of work.  `FastStep` gives the same losses, gradients and running statistics
 with less: one backward for D, no weight gradients of D in G's half (9 % of the FLOPs), one all-reduce a network, and,
-where a device likes large batches, real and fake in one pass of 2N with separate BatchNorm statistics.
+where a device likes large batches, real and fake in one pass of 2N with separate BatchNorm statistics.  The same round
+compiled is step_compiled.py's, and as one CUDA graph step_graph.py's.
 
 Whatever makes training hold up better is off by default and then leaves no trace: other losses (pipeline/losses.py),
 penalties on D's slope (penalties.py), augmentation and noise before D (diffaugment.py, instance_noise.py), several
@@ -17,6 +18,7 @@ Legend: N images of this rank, C channels, H x W pixels, nz the latent's length.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,12 +66,23 @@ class Players:
     """G's parameters averaged over images; empty where no average is kept."""
     parallel: dict[str, Any] = field(default_factory=dict)
     """`generator` and `discriminator` as wrapped for many ranks; empty on a single one."""
+    compiled: dict[str, Any] = field(default_factory=dict)
+    """`generator` and `discriminator` compiled, which is then what is wrapped; empty where a step compiles nothing."""
+
+    def bare(self, name: str) -> Any:
+        """A network as it goes under DistributedDataParallel."""
+        return self.compiled.get(name, getattr(self, name))
 
     def forward_g(self, latents: Tensor) -> Tensor:
-        return self.parallel.get("generator", self.generator)(latents)
+        return self.parallel.get("generator", self.bare("generator"))(latents)
 
     def forward_d(self, images: Tensor, num_groups: int = 1) -> Tensor:
-        return self.parallel.get("discriminator", self.discriminator)(images, num_groups)
+        return self.parallel.get("discriminator", self.bare("discriminator"))(images, num_groups)
+
+    def learning_rates(self) -> dict[str, float]:
+        """G's, and D's where it has one of its own.  Waits for the device where an optimiser keeps its own there."""
+        of_g, of_d = (float(each.param_groups[0]["lr"]) for each in (self.optimizer_g, self.optimizer_d))
+        return {"learning_rate": of_g} | ({"learning_rate_d": of_d} if of_d != of_g else {})
 
 
 def make_players(
@@ -100,15 +113,16 @@ def make_players(
 
 @dataclass(frozen=True)
 class Turn:
-    """Which step of the run this is."""
+    """What is special about this step of the run."""
 
-    number: int
-    """Steps before it, by the images seen."""
-    images_seen: int
-    """Global images before it."""
     numbers: Tensor
     """(N,) int64: the image numbers of this rank's batch."""
     g_learns: bool
+    r1_due: bool
+    noise_std: float | Tensor
+    """Of instance noise; the number 0: none.  A tensor where a CUDA graph reads it."""
+    ema_weight: float | Tensor
+    """How far G's average moves towards G: 1 all the way."""
 
 
 class Step:
@@ -150,7 +164,9 @@ class Step:
         self.d_input = d_input or DiscriminatorInputConfig()
         self.schedule = schedule or Schedule()
         self.seed = seed
-        self._whole_lr = [(each, each.param_groups[0]["lr"]) for each in (players.optimizer_g, players.optimizer_d)]
+        self._whole_lr = [
+            (each, float(each.param_groups[0]["lr"])) for each in (players.optimizer_g, players.optimizer_d)
+        ]
         self.device = next(players.generator.parameters()).device
         self.before_backward: Callable[[], None] = lambda: None
         """Called once a step where this rank's own work ends and waiting for the others begins."""
@@ -170,7 +186,7 @@ class Step:
         """Train both networks on one batch.
 
         Args:
-            images: (N, H, W, C) uint8 on the training device.
+            images: (N, H, W, C) uint8 on the training device, or what kernels.normalize makes of it.
             latents: (N, nz) float32.
             images_seen: global images before this step; paces the average's ramp, the learning rates and the noise, and
                 says whether R1 and G's half are due.
@@ -181,25 +197,45 @@ class Step:
         Returns:
             (7,) float32 on the device: METERS, of this rank's images; not finite where the forward pass was not.
         """
-        real = normalize(images, precision_.dtype_of(self.precision), self.channels_last)
-        if self.guarded:
-            torch._foreach_copy_(self._statistics_before, self._statistics)
         if self.schedule.kind != "none":
             self._scale_learning_rates(self.schedule.factor(images_seen))
-        meters = self.play(real, latents, self._turn(images_seen, batch_size, len(images), numbers))
+        return self._run(images, latents, self._turn(images_seen, batch_size, len(images), numbers))
+
+    def _run(self, images: Tensor, latents: Tensor, turn: Turn) -> Tensor:
+        """The step's work on the device, all of it: what differs from step to step comes as tensors or in the turn."""
+        real = images
+        if not images.is_floating_point():
+            real = normalize(images, precision_.dtype_of(self.precision), self.channels_last)
+        if self.guarded:
+            torch._foreach_copy_(self._statistics_before, self._statistics)
+        meters = self.play(real, latents, turn)
         if self.guarded:  # running statistics would keep a NaN for ever
             bad = ~torch.isfinite(meters[:2]).all()
             for now, before in zip(self._statistics, self._statistics_before, strict=True):
                 torch.where(bad, before, now, out=now)
         if self.players.ema:
-            self.average(images_seen, batch_size)
+            self._move_average(turn.ema_weight)
         return meters
 
     def _turn(self, images_seen: int, batch_size: int, count: int, numbers: Tensor | None) -> Turn:
         if numbers is None:
             numbers = torch.arange(images_seen, images_seen + count, device=self.device)
         number = images_seen // batch_size
-        return Turn(number, images_seen, numbers, g_learns=(number + 1) % self.loss.d_steps == 0)
+        return Turn(
+            numbers,
+            g_learns=(number + 1) % self.loss.d_steps == 0,
+            r1_due=bool(self.loss.r1) and number % self.loss.r1_every == 0,
+            noise_std=std_at(self.d_input.noise, self.d_input.noise_images, images_seen),
+            ema_weight=self.ema_weight(images_seen, batch_size),
+        )
+
+    def apart(self) -> contextlib.AbstractContextManager[None]:
+        """The context to wrap the networks in for many ranks."""
+        return contextlib.nullcontext()
+
+    def news(self) -> str:
+        """What a person should know of the steps since this was last asked; mostly nothing."""
+        return ""
 
     def play(self, real: Tensor, latents: Tensor, turn: Turn) -> Tensor:
         """One round of the game; real is (N, C, H, W) in [-1, 1]."""
@@ -209,7 +245,10 @@ class Step:
         """Both networks' at this share of their whole values."""
         for optimizer, whole in self._whole_lr:
             for group in optimizer.param_groups:
-                group["lr"] = factor * whole
+                if isinstance(group["lr"], Tensor):  # a CUDA graph reads it where it lies
+                    group["lr"].fill_(factor * whole)
+                else:
+                    group["lr"] = factor * whole
 
     def as_d_sees(self, images: Tensor, part: int, turn: Turn) -> Tensor:
         """The images augmented, then under noise: what D judges, and what its penalties are taken at.
@@ -223,8 +262,9 @@ class Step:
         """
         if self.d_input.augment:
             images = diffaugment(images, self.d_input.augment, draws(self.seed, turn.numbers, part))
-        std = std_at(self.d_input.noise, self.d_input.noise_images, turn.images_seen)
-        return instance_noise(images, std, self.seed, part, turn.numbers) if std else images
+        if not isinstance(turn.noise_std, Tensor) and not turn.noise_std:
+            return images
+        return instance_noise(images, turn.noise_std, self.seed, part, turn.numbers)
 
     def draw(self, latents: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
         """G's images, and the same as D sees them in both halves; without a way back where G does not learn."""
@@ -243,23 +283,47 @@ class Step:
         if cfg.gradient_penalty:
             mix = uniform_float32(self.seed, Stream.PENALTY, turn.numbers, 1)[:, 0]
             loss = loss + cfg.gradient_penalty * gradient_penalty(discriminator, real, fake, mix, self.precision)
-        if cfg.r1 and turn.number % cfg.r1_every == 0:
+        if turn.r1_due:
             loss = loss + cfg.r1 * cfg.r1_every * r1(discriminator, real, self.precision)
         return loss
 
-    def average(self, images_seen: int, batch_size: int) -> None:
-        """Move G's average towards G.
+    def ema_weight(self, images_seen: int, batch_size: int) -> float:
+        """How far G's average moves towards G in the step that begins after images_seen images.
 
         The half-life grows with the images seen, to one twentieth of them at most, so that the average does not
         drag the first noise along (Karras et al. 2020, StyleGAN2's ramp-up).
         """
         half_life = min(self.ema_half_life_images, 0.05 * images_seen)
         keep = 0.5 ** (batch_size / half_life) if half_life > 0 else 0.0
+        return 1.0 - keep
+
+    def average(self, images_seen: int, batch_size: int) -> None:
+        """Move G's average towards G."""
+        self._move_average(self.ema_weight(images_seen, batch_size))
+
+    def _move_average(self, weight: float | Tensor) -> None:
         live = [p.detach() for p in self.players.generator.parameters()]
-        torch._foreach_lerp_(list(self.players.ema.values()), live, 1.0 - keep)
+        averages = list(self.players.ema.values())
+        if isinstance(weight, float):
+            torch._foreach_lerp_(averages, live, weight)
+            return
+        # No lerp takes one weight for all that lies on the device.  Where the weight is 1 this is off by a rounding.
+        steps = torch._foreach_sub(live, averages)
+        torch._foreach_mul_(steps, weight)
+        torch._foreach_add_(averages, steps)
 
     def autocast(self) -> Any:
         return precision_.autocast(self.precision, self.device)
+
+    def judge(self, images: Tensor) -> Tensor:
+        """(N,) D's outputs for images of G's half: the gradient reaches the images, and no parameter of D.
+
+        D unwrapped, since nothing of it is to be averaged over the ranks.
+        """
+        discriminator = self.players.discriminator.requires_grad_(False)
+        outputs = discriminator(images)
+        discriminator.requires_grad_(True)
+        return outputs
 
     def update_d(self) -> None:
         """D's update, left out where a gradient is not finite."""
@@ -268,6 +332,14 @@ class Step:
     def update_g(self) -> None:
         """G's update, left out where a gradient is not finite or, without scalers, D's was left out."""
         self._update(self.players.optimizer_g, self.players.scaler_g, 1)
+
+    def loss_d(self, real_outputs: Tensor, fake_outputs: Tensor) -> Tensor:
+        """What D pays, before penalties."""
+        return self.losses.discriminator(real_outputs, fake_outputs)
+
+    def loss_g(self, fake_outputs: Tensor) -> Tensor:
+        """What G pays."""
+        return self.losses.generator(fake_outputs)
 
     def spare_g(self, fake_outputs: Tensor) -> tuple[Tensor, Tensor]:
         """G does not learn in this step; what it would pay, and D's outputs, both before D's update."""
@@ -357,7 +429,7 @@ class FastStep(Step):
                 real_logits, fake_logits = p.forward_d(both, num_groups=2).chunk(2)
             else:
                 real_logits, fake_logits = p.forward_d(seen_real), p.forward_d(seen_fake.detach())
-            loss_d = self.losses.discriminator(real_logits, fake_logits)
+            loss_d = self.loss_d(real_logits, fake_logits)
         p.optimizer_d.zero_grad()
         penalised = self.with_penalties(loss_d, seen_real, seen_fake, turn)
         self.before_backward()
@@ -365,13 +437,11 @@ class FastStep(Step):
         self.update_d()
 
         if turn.g_learns:
-            p.discriminator.requires_grad_(False)
             with self.autocast():
-                after_logits = p.discriminator(seen_fake)
-                loss_g = self.losses.generator(after_logits)
+                after_logits = self.judge(seen_fake)
+                loss_g = self.loss_g(after_logits)
             p.optimizer_g.zero_grad()
             p.scaler_g.scale(loss_g).backward()
-            p.discriminator.requires_grad_(True)
             self.update_g()
         else:
             loss_g, after_logits = self.spare_g(fake_logits)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import sys
 import time
 import uuid
@@ -18,9 +19,10 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from pipeline import checkpoint as checkpoints
 from pipeline import distributed, evaluating, precision, resume
-from pipeline.assembly import Plan, make_plan, settle
+from pipeline.assembly import Plan, make_plan
 from pipeline.attempt import Attempt, Data
 from pipeline.cache import Cached, build_cache, folder_identity
+from pipeline.candidates import settle
 from pipeline.choices import Choices
 from pipeline.config import Config, ConfigError
 from pipeline.distributed import Ranks
@@ -102,7 +104,8 @@ class Run:
                 break
             except Diverging as trouble:
                 found, history = self._go_back(trouble, attempt.history)
-                del attempt  # its networks make room for the next one's
+                del attempt
+                gc.collect()  # its networks make room for the next one's
         if ranks.leads:
             self._finish(outcome)
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kernels.normalize import normalize
 from pipeline import augment
 from pipeline.cache import build_cache
 from pipeline.config import DataConfig
@@ -22,6 +23,7 @@ from pipeline.feed import Feed, ReadAhead, open_feed
 from pipeline.index import Dataset, open_dataset
 from pipeline.order import Order, Slice
 from tests.images import jpeg_bytes, portrait
+from tests.numerics import load_native
 
 CPU = torch.device("cpu")
 COUNT = 37
@@ -59,6 +61,7 @@ class Bench:
         threads: int = 2,
         device: torch.device = CPU,
         dataset: Dataset | None = None,
+        normalised: torch.dtype | None = None,
         **settings: Any,
     ) -> "closing[Feed]":
         decoder: Any = "dali" if kind == "dali" else "pillow"
@@ -77,6 +80,7 @@ class Bench:
                 threads=threads,
                 decoder=decoder,
                 cached=cached,
+                normalised=normalised,
             )
         )
 
@@ -264,3 +268,31 @@ def test_on_a_gpu_batches_lie_on_it_and_the_host_never_waits(bench: Bench, kind:
         assert batch.device == gpu
         difference = (batch.cpu().float() - other.float()).abs().mean((1, 2, 3))
         assert difference.max() <= (1.0 if kind == "dali" else 0.0)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("settings", [{}, {"flip": True}, {"flip": True, "crop_margin": 3}])
+def test_on_a_gpu_one_kernel_gives_what_normalising_the_batch_would(bench: Bench, settings: dict[str, Any]) -> None:
+    gpu = torch.device("cuda", 0)
+    plain = {"crop_margin": 0, "flip": False, "contrast": 0.0, "hue": 0.0} | settings
+    expected = bench.take("device", 8, device=gpu, **plain)
+    for dtype in (torch.float32, torch.bfloat16):
+        batches = bench.take("device", 8, device=gpu, normalised=dtype, **plain)
+        for batch, images in zip(batches, expected, strict=True):
+            assert batch.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(batch.cpu(), normalize(images.cpu(), dtype))
+
+
+@pytest.mark.parametrize("kind", ["host", "device"])
+@pytest.mark.parametrize("settings", [{}, {"flip": True}, {"flip": True, "crop_margin": 3}])
+def test_on_a_cpu_the_c_kernel_gives_what_normalising_the_batch_would(
+    bench: Bench, kind: str, settings: dict[str, Any]
+) -> None:
+    load_native()
+    plain = {"crop_margin": 0, "flip": False, "contrast": 0.0, "hue": 0.0} | settings
+    expected = bench.take(kind, 8, **plain)
+    for dtype in (torch.float32, torch.bfloat16):
+        for batch, images in zip(bench.take(kind, 8, normalised=dtype, **plain), expected, strict=True):
+            assert batch.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(batch, normalize(images, dtype))

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from kernels import native
-from pipeline.assembly import make_plan, settle
+from pipeline.assembly import make_plan
+from pipeline.candidates import settle
 from pipeline.choices import Choices
 from pipeline.config import Config, ConfigError, DataConfig, DistributedConfig, KernelsConfig, LossConfig, ModelConfig
 from pipeline.distributed import Ranks, wrap
@@ -16,6 +17,7 @@ from pipeline.index import open_dataset
 from pipeline.models import Discriminator, Generator, native_problem
 from pipeline.step import METERS, FastStep, ReferenceStep
 from tests.images import jpeg_bytes, portrait
+from tests.numerics import load_native
 from tests.ranks import run_ranks
 from tests.test_step import (
     AS_CLOSE_AS_THE_TUTORIAL,
@@ -34,10 +36,7 @@ N, WIDTH = 32, 32
 
 @pytest.fixture(autouse=True)
 def _native():
-    try:
-        native.load()
-    except native.NativeError as error:
-        pytest.skip(f"no C kernels here: {error}")
+    load_native()
 
 
 def native_networks():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import native, pixel_major
+from kernels import pixel_major
+from tests.numerics import load_native
 
 # bf16 keeps 8 bits: a rounded number is off by 2^-9 at most, by 0.4 of that in the root of the mean square, and a
 # result is rounded once.  What is kept in float32 is off by the order of its sum only.
@@ -20,10 +21,7 @@ SHAPES = [
 
 @pytest.fixture(autouse=True)
 def _native():
-    try:
-        native.load()
-    except native.NativeError as error:
-        pytest.skip(f"no C kernels here: {error}")
+    load_native()
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:

@@ -1,0 +1,211 @@
+"""What a run chooses among: the implementations of each operation that are to be had here, as calls that do it once.
+
+Whatever is made for a measurement only is freed with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels import language, native
+from kernels.gather import gather
+from kernels.normalize import normalize
+from pipeline import augment, distributed, precision
+from pipeline.assembly import Plan, build_step, make_networks
+from pipeline.choices import Candidates, Choices
+from pipeline.config import Config, ConfigError
+from pipeline.decode import window_shape
+from pipeline.distributed import Ranks
+from pipeline.feed import Batch, can_normalise, gatherer_on_cpu
+from pipeline.index import cache_folder
+from pipeline.models import native_problem
+from pipeline.step import Step
+from pipeline.step_compiled import compile_problem
+
+COMPILE_PAYS_IMAGES = 2_000_000
+"""torch.compile takes about a minute on a GPU and saves a share of the time that the rest takes: not of a short run."""
+_STEPS_BEFORE = {"cpu": 1, "cuda": 12}
+"""Steps that are not timed: till all is compiled and recorded."""
+_IMAGES_TO_GATHER_FROM = 8192
+
+
+def settle(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices) -> Plan:
+    """The plan with an implementation for each operation; every rank calls it, and measures together with the others.
+
+    Raises:
+        ConfigError: a setting names an implementation that is not to be had here.
+    """
+    share = cfg.per_rank(ranks.world_size)
+    size = f"{share}x{cfg.data.nc}x{cfg.data.size[0]}x{cfg.data.size[1]} {plan.precision}"
+    wide = f"{size} ngf {cfg.model.ngf} ndf {cfg.model.ndf}"
+    networks, problem = network_candidates(cfg, plan, ranks)
+    if problem and plan.precision == "bf16" and ranks.device.type == "cpu":
+        distributed.together(lambda: _refuse_native(cfg, problem))
+        plan = dataclasses.replace(plan, reasons=(*plan.reasons, f"networks by torch: {problem}"))
+    plan = dataclasses.replace(plan, networks=choices.pick("networks", wide, networks, cfg.kernels.networks))
+    batchnorms = batchnorm_candidates(cfg, plan, ranks)
+    batchnorm: Any = choices.pick("batchnorm", wide, batchnorms, cfg.kernels.batchnorm)
+    from_cache = f"{size} from {plan.cache} on {ranks.device.type}"
+    gather_by = choices.pick("gather", from_cache, gathers(cfg, plan, ranks.device, share), cfg.kernels.gather)
+    plan = dataclasses.replace(plan, batchnorm=batchnorm, gather=gather_by)
+    if cfg.train.mode != "auto":
+        return plan
+    done_by = f"networks {plan.networks} batchnorm {plan.batchnorm}"
+    mode, why = settle_mode(cfg, plan, ranks, choices, f"{wide} {ranks.device.type} {done_by}")
+    return dataclasses.replace(plan, mode=mode, reasons=(*plan.reasons, f"mode {mode}: {why}"))
+
+
+def _refuse_native(cfg: Config, problem: str) -> None:
+    if cfg.kernels.networks == "native":
+        raise ConfigError(f"kernels.networks must be auto or torch here, since {problem}, got 'native'")
+
+
+def settle_mode(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices, key: str) -> tuple[str, str]:
+    """What train.mode auto means here, and why, as a sentence.
+
+    On a GPU each mode's step is measured, on rank 0 with its share of a batch and without the other ranks.  On a CPU
+    nothing is, since compiling takes longer than a small run; what a benchmark has found there before counts.
+    """
+    names = ["eager"]
+    if not cfg.distributed.sync_batchnorm:
+        if ranks.device.type == "cuda":
+            names.append("graph")
+        can_compile = plan.networks == "torch" and not compile_problem(ranks.device)
+        if can_compile and (plan.total_images >= COMPILE_PAYS_IMAGES or names == ["eager"]):
+            names.append("compile")
+    if ranks.device.type != "cuda":
+        mode = choices.recall("mode", key, names, "on a CPU, where no other is known to be faster")
+        return mode, choices.why("mode", key)
+    mode = choices.pick("mode", key, {name: _steps_of(cfg, plan, ranks, mode=name) for name in names})
+    gc.collect()  # a graph and its step hold each other
+    torch.cuda.empty_cache()
+    return mode, choices.why("mode", key)
+
+
+def _steps_of(cfg: Config, plan: Plan, ranks: Ranks, **changed: Any) -> Callable[[], None]:
+    """A call that does one step of a training of its own, by the plan with something changed, on noise."""
+    share = cfg.per_rank(ranks.world_size)
+    made: list[tuple[Step, Tensor, Tensor]] = []
+
+    def one_step() -> None:
+        if not made:  # by the rank that measures, when it does
+            alone = dataclasses.replace(ranks, rank=0, world_size=1, local_world_size=1)
+            random = torch.Generator(ranks.device).manual_seed(0)
+            pixels = (share, *cfg.data.size, cfg.data.nc)
+            images = torch.randint(0, 256, pixels, generator=random, dtype=torch.uint8, device=ranks.device)
+            latents = torch.randn(share, cfg.model.nz, generator=random, device=ranks.device)
+            step = build_step(cfg, dataclasses.replace(plan, **changed), alone)
+            made.append((step, images, latents))
+            for i in range(_STEPS_BEFORE[ranks.device.type]):
+                step(images, latents, i * share, share)
+        step, images, latents = made[0]
+        step(images, latents, share, share)
+
+    return one_step
+
+
+def _nothing() -> None:
+    """What an operation that has one implementation only is timed by: it is not."""
+
+
+def network_candidates(cfg: Config, plan: Plan, ranks: Ranks) -> tuple[Candidates, str]:
+    """What can run the networks' layers in training, each as a whole step at this rank's size; and why no more can."""
+    problem = _native_problem(cfg, plan, ranks)
+    if problem:
+        return {"torch": _nothing}, problem
+    return {name: _steps_of(cfg, plan, ranks, networks=name) for name in ("torch", "native")}, ""
+
+
+def _native_problem(cfg: Config, plan: Plan, ranks: Ranks) -> str:
+    """Why the AMX kernels cannot train these networks here; empty: they can, and are loaded."""
+    if ranks.device.type != "cpu" or plan.precision != "bf16":
+        return "the AMX kernels are for bf16 on a CPU"
+    if plan.mode == "compile":
+        return "torch.compile does not see into the AMX kernels"
+    if cfg.loss.r1 or cfg.loss.gradient_penalty:
+        return "the AMX kernels have no second derivative, which a penalty takes"
+    problem = native_problem(*make_networks(cfg, torch.device("meta")), cfg.per_rank(ranks.world_size))
+    if problem:
+        return f"the AMX kernels cannot run them: {problem}"
+
+    def load() -> str:
+        try:
+            native.load(cache_folder(cfg.data))
+        except native.NativeError as error:
+            return f"the AMX kernels are not to be had: {error}"
+        return ""
+
+    return distributed.leader_first(ranks, load)
+
+
+def batchnorm_candidates(cfg: Config, plan: Plan, ranks: Ranks) -> Candidates:
+    """What can compute BatchNorm with its activation in training, each as a whole step; where the mode is not settled
+    yet, in a graph, where nothing but the kernels takes time."""
+    if ranks.device.type != "cuda" or not language.AVAILABLE or cfg.distributed.sync_batchnorm:
+        return {"torch": _nothing}
+    mode = "graph" if cfg.train.mode == "auto" else cfg.train.mode
+    return {name: _steps_of(cfg, plan, ranks, batchnorm=name, mode=mode) for name in ("torch", "triton")}
+
+
+def gathers(cfg: Config, plan: Plan, device: torch.device, share: int) -> Candidates:
+    """Ways to make a batch out of decoded images on the device, each from there to [-1, 1]."""
+    fits = can_normalise(cfg.data, device, cache=plan.cache, channels_last=cfg.train.channels_last)
+    if not fits or (device.type == "cuda" and not language.AVAILABLE):
+        return {"torch": _nothing}
+    if device.type == "cpu":
+        return _gathers_on_cpu(cfg, plan, share)
+    dtype, size = precision.dtype_of(plan.precision), cfg.data.size
+    made: list[tuple[Tensor, augment.Places]] = []
+    params = augment.parameters(cfg.data, 0, np.arange(share))
+
+    def source() -> tuple[Tensor, augment.Places]:
+        if not made:
+            random = torch.Generator(device).manual_seed(0)
+            shape = (_IMAGES_TO_GATHER_FROM, *window_shape(cfg.data))
+            images = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8, device=device)
+            items = np.random.default_rng(0).integers(_IMAGES_TO_GATHER_FROM, size=share)
+            packed = np.zeros((augment.NUM_PLACES, share), np.int64)
+            augment.pack_places(items, params, packed)
+            made.append((images, augment.unpack_places(torch.from_numpy(packed).to(device), params)))
+        return made[0]
+
+    def by_torch() -> None:
+        images, places = source()
+        normalize(augment.take_device(images, places.rows, params, size, places), dtype)
+
+    def by_triton() -> None:
+        images, places = source()
+        gather(images, places.rows, dtype, flip=places.flip, top=places.top, left=places.left, size=size)
+
+    return {"torch": by_torch, "triton": by_triton}
+
+
+def _gathers_on_cpu(cfg: Config, plan: Plan, share: int) -> Candidates:
+    dtype, size = precision.dtype_of(plan.precision), cfg.data.size
+    params = augment.parameters(cfg.data, 0, np.arange(share))
+    made: list[tuple[np.ndarray, Batch]] = []
+
+    def source() -> tuple[np.ndarray, Batch]:
+        if not made:
+            random = np.random.default_rng(0)
+            shape = (_IMAGES_TO_GATHER_FROM, *window_shape(cfg.data))
+            images = random.integers(256, size=shape, dtype=np.uint8)
+            made.append((images, Batch(random.integers(_IMAGES_TO_GATHER_FROM, size=share), params)))
+        return made[0]
+
+    def by_torch() -> None:
+        images, batch = source()
+        normalize(torch.from_numpy(augment.take_numpy(images, batch.items, params, size)), dtype)
+
+    def by_native() -> None:
+        images, batch = source()
+        gatherer_on_cpu(torch.from_numpy(images), cfg.data, dtype)(batch)
+
+    return {"torch": by_torch, "native": by_native}
