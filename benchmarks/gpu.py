@@ -1,11 +1,13 @@
 """Everything that a GPU shows, in one command of at most nine minutes and one JSON file: `python -m benchmarks.gpu`.
 
 The parts, most telling first, each a program of its own as one may run it by hand:
-    train         training end to end beside the plain tutorial loop, also compiled; a decoded cache and none.
+    train         training end to end beside the plain tutorial loop, with the cache and without one.
     step          the bare step in every mode at batch 128, 512 and 2048.
+    kernels       what may be fused, eager, compiled and ours, at the same batches.
+    convolutions  the others, eager and ours.
     data          decoding by DALI and Pillow, the host's and the GPU's cache.
-    kernels-N     every operation eager, compiled and ours at batch N.
     tune          the search for DALI's settings.
+    compiled      training beside the plain loop under torch.compile, in what time is left.
 A part has seconds of its own.  One that is over its time is ended, with what it had recorded until then; one for which
 too little is left of --minutes is not begun; one that fails does not take the others with it.  Each of these is printed
 and stands in the file as the part's `state`: done, out of time, skipped, failed.
@@ -42,7 +44,10 @@ from pipeline.errors import StorageError
 from pipeline.files import read_objects, written_aside
 
 BATCHES = (128, 512, 2048)
-TRAINED = "tutorial,trainer,bare-step,trainer-fp32,trainer-nocache,tutorial-compiled"
+TRAINED = "tutorial,trainer,bare-step,trainer-nocache"
+FUSED = "normalize,gather,adam-ema,bn-*,conv-leaky-*,conv-transpose-tanh-*"
+CONVOLUTIONS = "conv-[0-9]*,conv-transpose-[0-9]*"
+"""By themselves: torch.compile leaves them to the vendor's library, as eager does, and would take minutes to."""
 TAKES_PHOTOGRAPHS = ("train", "step", "data")
 LEAST_S = 15.0
 """A program needs so long to start; with less left it is not begun."""
@@ -62,21 +67,20 @@ class Part:
 
 
 def parts_of(device: str, threads: int) -> list[Part]:
-    """All parts; their seconds add up to less than nine minutes."""
+    """All parts; the seconds of all but the last, which takes what is left, add up to less than nine minutes."""
     batches = ",".join(map(str, BATCHES))
-    kernels = [
-        Part(f"kernels-{batch}", 60, f"kernels --batch {batch} --pairs 5 --block-ms 10 --max-s 45 --device {device}")
-        for batch in BATCHES
-    ]
+    kernels = f"kernels --batch {batches} --pairs 5 --block-ms 10 --device {device}"
     return [
-        Part("train", 150, f"train --parts {TRAINED} --pairs 5 --steps 20 --device {device}"),
-        Part("step", 120, f"step --batches {batches} --pairs 5 --steps 10 --device {device}"),
+        Part("train", 110, f"train --parts {TRAINED} --pairs 5 --steps 20 --device {device}"),
+        Part("step", 160, f"step --batches {batches} --precisions bf16 --pairs 5 --steps 10 --device {device}"),
+        Part("kernels", 125, f"{kernels} --max-s 110 --only {FUSED}"),
+        Part("convolutions", 40, f"{kernels} --max-s 28 --only {CONVOLUTIONS} --ways eager,ours"),
         Part(
-            "data", 50,
+            "data", 45,
             f"data --only folder-*,plain-*,cache-* --seconds 0.5 --repeats 3 --threads {threads} --device {device}",
         ),
-        *kernels,
-        Part("tune", 30, f"data --tune --seconds 0.3 --repeats 1 --device {device}"),
+        Part("tune", 25, f"data --tune --seconds 0.2 --repeats 1 --device {device}"),
+        Part("compiled", 120, f"train --parts tutorial,tutorial-compiled,trainer --pairs 5 --device {device}"),
     ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import itertools
 import math
 import sys
 import time
@@ -74,7 +75,7 @@ def ways_of(case: Case, names: Sequence[str]) -> dict[str, Way]:
     found = {"eager": Way(case.reference)}
     if "compile" in names:
         torch.compiler.reset()  # each operation by itself: the limit on recompiling counts across them
-        found["compile"] = Way(torch.compile(case.reference, dynamic=False, fullgraph=True))
+        found["compile"] = Way(torch.compile(case.to_compile or case.reference, dynamic=False, fullgraph=True))
     return found | (dict(case.ours) if "ours" in names else {})
 
 
@@ -161,12 +162,11 @@ def measure(args: argparse.Namespace, recorder: Recorder) -> None:
     """Measure the machine, then every operation that is asked for, and record each line at once."""
     device = harness.choose_device(args.device)
     arithmetic = precision.resolve(args.precision, device)
-    setting = Setting(args.batch, device, arithmetic, args.size, args.width, args.nz)
+    settings = [Setting(batch, device, arithmetic, args.size, args.width, args.nz) for batch in args.batch]
     machine = roofline.measure(arithmetic, device)
     say(f"{arithmetic}: {machine.gemm_flops_per_s / 1e9:,.0f} GFLOP/s, {machine.copy_bytes_per_s / 1e9:,.1f} GB/s")
     common = {
         "precision": arithmetic,
-        "batch_size": args.batch,
         "image_size": args.size,
         "width": args.width,
         "threads": torch.get_num_threads(),
@@ -176,17 +176,18 @@ def measure(args: argparse.Namespace, recorder: Recorder) -> None:
         "copy_gb_per_s": machine.copy_bytes_per_s / 1e9,
     }
     start, left_out = time.perf_counter(), []
-    for name, cases in ALL.items():
+    for (name, cases), setting in itertools.product(ALL.items(), settings):
         for case in cases(setting):
             if not any(fnmatch.fnmatch(case.name, p) or p == name for p in args.only):
                 continue
             for pass_name in PASSES if case.both else ("forward",):
+                shown = f"{case.name}/{pass_name} at {setting.batch}"
                 if args.max_s and time.perf_counter() - start > args.max_s:
-                    left_out.append(f"{case.name}/{pass_name}")
+                    left_out.append(shown)
                     continue
-                say(f"{case.name}/{pass_name}")
+                say(shown)
                 for facts in measure_pass(case, pass_name, setting, machine, args):
-                    recorder.add(**facts, **common)
+                    recorder.add(**facts, batch_size=setting.batch, **common)
     if left_out:
         say(f"left out after --max-s {args.max_s:g}: {', '.join(left_out)}")
     if not recorder.rows:
@@ -195,22 +196,12 @@ def measure(args: argparse.Namespace, recorder: Recorder) -> None:
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
     """The result lines as a table."""
-    header = (
-        "operation",
-        "shape",
-        "ms",
-        "to eager",
-        "to compile",
-        "MFLOP",
-        "MB",
-        "bound ms",
-        "reached",
-        "limit",
-        "error",
-    )
+    header = ["operation", "batch", "shape", "ms", "to eager", "to compile", "MFLOP", "MB"]
+    header += ["bound ms", "reached", "limit", "error"]
     lines = [
         (
             row["variant"],
+            str(row["batch_size"]),
             row["shape"],
             harness.shown(row["ms"], 3),
             harness.shown_ratio(row, "ratio_to_eager", "ratio_to_eager_interval"),
@@ -235,7 +226,7 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     """
     parser = command.Parser("benchmarks.kernels", __doc__.splitlines()[0] if __doc__ else "")
     harness.add_run_options(parser)
-    parser.add_argument("--batch", type=command.at_least(2), default=128, help="images [%(default)s]")
+    parser.add_argument("--batch", type=harness.numbers, default=[128], help="images, of one or several sizes [128]")
     parser.add_argument("--size", type=command.at_least(8), default=64, help="pixels of an image's side [%(default)s]")
     parser.add_argument("--width", type=command.at_least(1), default=64, help="ngf and ndf [%(default)s]")
     parser.add_argument("--nz", type=command.at_least(1), default=100, help="the latents' length [%(default)s]")
@@ -262,9 +253,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         measure(args, recorder)
         first = recorder.rows[0]
         print(
-            f"batch {first['batch_size']}, {first['precision']}, {first['hardware']['cpu']}, {first['threads']} "
-            f"threads, device {first['device']}: {first['gemm_gflops_per_s']:,.0f} GFLOP/s in matrix products, "
-            f"{first['copy_gb_per_s']:,.1f} GB/s in copies; {args.pairs} rounds; medians [95 % interval]"
+            f"{first['image_size']} x {first['image_size']}, {first['precision']}, {first['hardware']['cpu']}, "
+            f"{first['threads']} threads, device {first['device']}: {first['gemm_gflops_per_s']:,.0f} GFLOP/s in "
+            f"matrix products, {first['copy_gb_per_s']:,.1f} GB/s in copies; {args.pairs} rounds; "
+            "medians [95 % interval]"
         )
         print(summary(recorder.rows))
 

@@ -57,14 +57,14 @@ def newest_run(path: Path, needed: Sequence[str]) -> Rows:
     Raises:
         StorageError: there is none.
     """
-    runs: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    runs: dict[tuple[str, str], dict[tuple[str, int], dict[str, Any]]] = {}
     for row in read_objects(path):
         if not row["dirty"]:
             # What a run has once more goes to the end, so that the last run is the newest.
             key = (row["commit"], row["command"])
-            runs[key] = runs.pop(key, {}) | {row["variant"]: row}
+            runs[key] = runs.pop(key, {}) | {(row["variant"], row.get("batch_size", 0)): row}
     for run in reversed(list(runs.values())):
-        if set(needed) <= run.keys():
+        if set(needed) <= {variant for variant, _ in run}:
             return list(run.values())
     raise StorageError(f"{path} holds no clean run of {', '.join(needed) or 'anything'}")
 
@@ -132,7 +132,7 @@ def draw_performance(results: Path, out: Path) -> None:
 
 
 def draw_kernels(results: Path, out: Path) -> None:
-    """A line an operation, a dot a way.
+    """A line an operation, a dot a way, at the run's first batch size.
 
     Raises:
         StorageError: there are no rows.
@@ -141,6 +141,7 @@ def draw_kernels(results: Path, out: Path) -> None:
     from matplotlib.lines import Line2D
 
     rows = newest_run(results / "kernels.jsonl", [])
+    rows = [row for row in rows if row["batch_size"] == rows[0]["batch_size"]]
     names = list(dict.fromkeys(row["operation"] for row in rows))[::-1]
     passes = list(dict.fromkeys(row["pass"] for row in rows))
     figure, panels = plt.subplots(
