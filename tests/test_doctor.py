@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from kernels import native
 from pipeline.cli import doctor
 from pipeline.doctor import Check, folders, hardware, look, network, ranks, software, training
 from pipeline.doctor.ranks import Meeting, Place
@@ -151,6 +152,18 @@ def test_a_package_that_is_missing_or_too_old_is_named(monkeypatch):
     assert check.state == "failed"
     assert check.found == "1.0, 2 or newer is needed"
     assert only(software.python("3.10.4")).state == "failed"
+
+
+def test_amx_without_a_compiler_is_a_warning_and_no_amx_is_none(monkeypatch):
+    def no_compiler(_folder: Path | None = None) -> None:
+        raise native.NativeError("there is no C compiler")
+
+    monkeypatch.setattr(native, "load", no_compiler)
+    for amx, state in ((True, "warning"), (False, "ok")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        check = only(software.native_kernels())
+        assert check.state == state
+        assert "there is no C compiler" in check.found
 
 
 def test_dalis_package_goes_with_torchs_cuda():
