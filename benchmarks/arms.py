@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from benchmarks import harness
-from pipeline import precision, resume
+from pipeline import garbage, precision, resume
 from pipeline.assembly import Plan, build_step, make_plan
 from pipeline.cache import build_cache
 from pipeline.candidates import settle
@@ -94,6 +94,7 @@ class TrainerArm:
         self.feed = open_feed(
             cfg.data, dataset, seed=cfg.run.seed, shard=self.shard, device=ranks.device, images_seen=0, threads=threads,
             decoder=self.plan.decoder, cached=cached,
+            normalised=None if self.plan.gather == "torch" else precision.dtype_of(self.plan.precision),
         )  # fmt: skip
         folder.mkdir()
         self.meters = Meters(ranks.device, 1)
@@ -101,7 +102,10 @@ class TrainerArm:
         self.log = Log(folder, self.progress, io.StringIO())
         self.timing = Timing(self.feed, 0.0)
         batch = cfg.train.batch_size
-        self.maintenance = [Maintenance(cfg.log.every_steps * batch, self._log_row)]
+        self.maintenance = [
+            Maintenance(cfg.log.every_steps * batch, self._log_row),
+            Maintenance(garbage.EVERY_STEPS * batch, garbage.collect),
+        ]
         self.watched = watched
         self.own_time = OwnTime(ranks.device)
         self.hang = HangWatch(cfg.watch.hang_s if watched else 0, folder, 0, lambda _reason: None)
@@ -157,6 +161,10 @@ class TrainerArm:
         """The next steps of one long run.  A log line comes every log.every_steps and at the end of each block."""
         precision.apply(self.plan.precision, deterministic=self.cfg.run.deterministic)
         self.save_at = self.images_seen + (steps + 1) // 2 * self.cfg.train.batch_size
+        with garbage.collected_between_steps():
+            return self._timed(steps)
+
+    def _timed(self, steps: int) -> float:
         start = time.perf_counter()
         self.images_seen = train(
             self.step,

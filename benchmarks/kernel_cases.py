@@ -23,10 +23,14 @@ from torch import Tensor
 
 from benchmarks.harness import say
 from kernels import native, pixel_major
+from kernels.adam_ema import FusedAdamEma
+from kernels.batchnorm_act import batchnorm_act
+from kernels.gather import gather, gather_reference
+from kernels.image_ends import conv_leaky_relu, conv_transpose_tanh
 from kernels.normalize import normalize, normalize_reference
 from pipeline.config import DataConfig, num_halvings
 from pipeline.index import cache_folder
-from pipeline.models import LEAK
+from pipeline.models import LEAK, Generator
 from pipeline.precision import Precision, dtype_of
 
 Function = Callable[..., Tensor]
@@ -99,6 +103,8 @@ class Case:
     forward: Cost
     both: Cost | None = None
     """Of forward and backward together; None: has no gradient."""
+    to_compile: Function | None = None
+    """What torch.compile gets, where the reference is itself a fused call; None: the reference."""
     ours: Mapping[str, Way] = field(default_factory=dict)
     """Our implementations by name."""
     same: bool = True
@@ -157,7 +163,7 @@ def _convolution(name: str, shape: str, function: Function, x: Tensor, w: Tensor
     forward = size_of(x, w, y)  # x and w read, y written
     # dy and x read for dw, dy and w for dx, dw and dx written; dy comes once more, since each product reads it.
     backward = size_of(y, x, w) + size_of(y, w, x) if x.requires_grad else size_of(y, x, w)
-    return Case(name, shape, function, (x, w), Cost(None, forward), Cost(None, forward + backward), ours)
+    return Case(name, shape, function, (x, w), Cost(None, forward), Cost(None, forward + backward), ours=ours)
 
 
 def conv_cases(setting: Setting) -> Iterator[Case]:
@@ -169,6 +175,8 @@ def conv_cases(setting: Setting) -> Iterator[Case]:
         shape, name = f"{side}x{side}x{outer}", f"{outer}-{inner}"
         if outer == 3:
             ours = _pixel_major(setting, lambda x, w: pixel_major.image_conv(x, w, LEAK), x, w)
+            if setting.device.type == "cuda":
+                ours["triton"] = Way(lambda x, w: conv_leaky_relu(x, w, LEAK))
             yield _convolution(f"conv-leaky-{name}", shape, lambda x, w: F.leaky_relu(_conv(x, w), LEAK), x, w, ours)
         else:
             yield _convolution(f"conv-{name}", shape, _conv, x, w, _pixel_major(setting, pixel_major.conv, x, w))
@@ -194,6 +202,8 @@ def conv_transpose_cases(setting: Setting) -> Iterator[Case]:
         shape, name = f"{side}x{side}x{inner}", f"{inner}-{outer}"
         if outer == 3:
             ours = _pixel_major(setting, lambda x, w: torch.tanh(pixel_major.image_conv_transpose(x, w)), x, w)
+            if setting.device.type == "cuda":
+                ours["triton"] = Way(conv_transpose_tanh)
             drawn = lambda x, w: torch.tanh(_conv_transpose(x, w))  # noqa: E731
             yield _convolution(f"conv-transpose-tanh-{name}", shape, drawn, x, w, ours)
         else:
@@ -229,11 +239,83 @@ def batchnorm_cases(setting: Setting) -> Iterator[Case]:
             return pixel_major.batchnorm_act(x, scale, shift, None, None, 0.1, 1e-5, slope)
 
         ours = _pixel_major(setting, fused, x, scale, shift)
-        yield Case(f"{name}-{channels}", shape, reference, (x, scale, shift), forward, both, ours)
+        if setting.device.type == "cuda":
+            ours["triton"] = Way(_triton_batchnorm(scale, slope))
+        yield Case(f"{name}-{channels}", shape, reference, (x, scale, shift), forward, both, ours=ours)
+
+
+def _triton_batchnorm(like: Tensor, slope: float) -> Function:
+    mean, var = torch.zeros_like(like), torch.ones_like(like)
+    count = torch.zeros((), dtype=torch.int64, device=like.device)
+    return lambda x, scale, shift: batchnorm_act(x, scale, shift, mean, var, count, slope=slope)
+
+
+def gather_cases(setting: Setting) -> Iterator[Case]:
+    """Decoded images in memory to a batch: rows picked, mirrored, normalised."""
+    side, many = setting.size, 8192 if setting.batch >= 128 else 16 * setting.batch
+    images = torch.randint(0, 256, (many, side, side, 3), dtype=torch.uint8, device=setting.device)
+    rows = torch.randint(many, (setting.batch,), device=setting.device)
+    flip = torch.rand(setting.batch, device=setting.device) < 0.5
+    numbers = setting.batch * side * side * 3
+    yield Case(
+        "gather",
+        f"{side}x{side}x3",
+        lambda images, rows, flip: gather_reference(images, rows, flip, None, None, side, side, setting.dtype),
+        (images, rows, flip),
+        Cost(2 * numbers, numbers * (1 + setting.dtype.itemsize)),  # a byte read, a value written
+        ours={"custom": Way(lambda images, rows, flip: gather(images, rows, setting.dtype, flip=flip))},
+    )
+
+
+def adam_cases(setting: Setting) -> Iterator[Case]:
+    """G's update and that of its average; eager is torch's fused Adam and a lerp, as a step without the kernel does."""
+    network = Generator(setting.nz, setting.width, 3, setting.size, setting.size).to(setting.device)
+    network.to(memory_format=torch.channels_last)
+    for p in network.parameters():
+        p.grad = torch.full_like(p, 1e-3)
+    params = [p.detach() for p in network.parameters()]
+    averages = [p.clone() for p in params]
+    betas, lr, weight = (0.5, 0.999), 2e-4, 0.01
+    plain = torch.optim.Adam(network.parameters(), lr=lr, betas=betas, fused=True)
+    fused = FusedAdamEma(network.parameters(), lr=lr, betas=betas, averages=averages)
+    fused.ema_weight = weight
+    moments = [[torch.zeros_like(p), torch.zeros_like(p)] for p in params]
+
+    def by_torch() -> Tensor:
+        plain.step()
+        torch._foreach_lerp_(averages, params, weight)
+        return params[0]
+
+    def by_definition() -> Tensor:  # at a fixed step: what changes from one to the next is two numbers
+        for p, q, (m, v), average in zip(params, network.parameters(), moments, averages, strict=True):
+            assert q.grad is not None
+            m.lerp_(q.grad, 1 - betas[0])
+            v.mul_(betas[1]).addcmul_(q.grad, q.grad, value=1 - betas[1])
+            p.addcdiv_(m, v.sqrt().add_(1e-8), value=-lr)
+            average.lerp_(p, weight)
+        return params[0]
+
+    def by_kernel() -> Tensor:
+        fused.step()
+        return params[0]
+
+    count = sum(p.numel() for p in params)
+    yield Case(
+        "adam-ema",
+        f"{count:,}",
+        by_torch,
+        (),
+        Cost(15 * count, 36 * count),  # p, g, m, v and the average read; p, m, v and the average written; float32
+        to_compile=by_definition,
+        ours={"custom": Way(by_kernel)} if setting.device.type == "cuda" else {},
+        same=False,
+    )
 
 
 ALL: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "normalize": normalize_cases,
+    "gather": gather_cases,
+    "adam-ema": adam_cases,
     "batchnorm": batchnorm_cases,
     "conv": conv_cases,
     "conv-transpose": conv_transpose_cases,

@@ -75,7 +75,7 @@ def ways_of(case: Case, names: Sequence[str]) -> dict[str, Way]:
     found = {"eager": Way(case.reference)}
     if "compile" in names:
         torch.compiler.reset()  # each operation by itself: the limit on recompiling counts across them
-        found["compile"] = Way(torch.compile(case.reference, dynamic=False, fullgraph=True))
+        found["compile"] = Way(torch.compile(case.to_compile or case.reference, dynamic=False, fullgraph=True))
     return found | (dict(case.ours) if "ours" in names else {})
 
 

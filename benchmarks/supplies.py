@@ -105,7 +105,7 @@ def timed(supply: Supply, batch: int, seconds: float, drained: int, device: torc
             make()
         harness.wait_for(device)
         batches, start, cpu_start = 0, time.perf_counter(), time.process_time()
-        while time.perf_counter() - start < seconds:
+        while not batches or time.perf_counter() - start < seconds:
             make()
             batches += 1
         harness.wait_for(device)
