@@ -47,10 +47,10 @@ help:
 	@echo "make lock          requirements.lock anew after a change in setup.py; ARGS=--upgrade for the newest of everything"
 	@echo "make sbom          build/sbom.json, what the environment consists of (CycloneDX)"
 	@echo "make lint-container  hadolint on the Dockerfile"
-	@echo "make test-gpu      every check that needs a CUDA device, and the GPU benchmarks"
+	@echo "make test-gpu      every check that needs a CUDA device, then all benchmarks there, in nine minutes"
 	@echo "make test-system   tests that need root or Debian packages (chromium, slurm-wlm, munge, iproute2, debootstrap)"
 	@echo "make lint          ruff and mypy"
-	@echo "make bench         data and training throughput; adds lines to benchmarks/results/"
+	@echo "make bench         data, kernels, step and training, measured; adds lines to benchmarks/results/"
 	@echo "make clean         remove the virtual environment and tool caches; runs and data stay"
 
 $(VENV)/.ready: setup.py
@@ -88,8 +88,7 @@ soak: $(READY_DEV)
 
 test-gpu: $(READY_DEV)
 	$(PYTHON) -m pytest -m gpu -rs
-	$(PYTHON) -m benchmarks.data --device cuda
-	$(PYTHON) -m benchmarks.train --device cuda
+	$(PYTHON) -m benchmarks.gpu
 
 test-system: $(READY_DEV)
 	$(PYTHON) -m pytest -m system -rs
@@ -105,6 +104,8 @@ format: $(READY_DEV)
 
 bench: $(READY_DEV)
 	$(PYTHON) -m benchmarks.data
+	$(PYTHON) -m benchmarks.kernels
+	$(PYTHON) -m benchmarks.step
 	$(PYTHON) -m benchmarks.train
 
 clean:

@@ -12,13 +12,15 @@ from benchmarks import harness
 from pipeline import precision, resume
 from pipeline.assembly import Plan, build_step, make_plan
 from pipeline.cache import build_cache
+from pipeline.candidates import settle
 from pipeline.checkpoint import buffers_of
 from pipeline.checkpoint_writer import Snapshots, Writer
+from pipeline.choices import Choices
 from pipeline.cli.options import to_yaml
 from pipeline.config import Config
 from pipeline.distributed import Ranks, num_threads
 from pipeline.feed import open_feed
-from pipeline.index import Dataset
+from pipeline.index import Dataset, cache_folder
 from pipeline.loop import Maintenance, train
 from pipeline.meters import Log, Meters, Progress, Timing
 from pipeline.order import Slice
@@ -26,6 +28,25 @@ from pipeline.philox import Stream
 from pipeline.sampling import latents
 from pipeline.vote import Vote
 from pipeline.watch import CollapseWatch, HangWatch, OwnTime, SkipWatch, slow_ranks
+
+
+def plan_of(cfg: Config, dataset: Dataset, ranks: Ranks) -> Plan:
+    """What the settings come to here, with the implementations that a run would choose.
+
+    Where this machine has not measured them yet, it does so now.
+
+    Raises:
+        ConfigError: this machine cannot do what a setting asks for.
+    """
+    choices = Choices(ranks.device, cache=cache_folder(cfg.data), overrides=cfg.kernels.choices, say=harness.say)
+    plan = make_plan(cfg, dataset, ranks)
+    precision.apply(plan.precision, deterministic=cfg.run.deterministic)
+    return settle(cfg, plan, ranks, choices)
+
+
+def implementations(plan: Plan) -> dict[str, str]:
+    """Of the operations that have several, for a result line."""
+    return {"networks": plan.networks, "batchnorm": plan.batchnorm, "gather": plan.gather}
 
 
 class Arm(Protocol):
@@ -59,7 +80,7 @@ class TrainerArm:
         if not watched:
             cfg = dataclasses.replace(cfg, watch=dataclasses.replace(cfg.watch, skip_non_finite=False))
         self.cfg, self.device = cfg, ranks.device
-        self.plan: Plan = make_plan(cfg, dataset, ranks)
+        self.plan: Plan = plan_of(cfg, dataset, ranks)
         precision.apply(self.plan.precision, deterministic=cfg.run.deterministic)
         self.step = build_step(cfg, self.plan, ranks)
         self.shard = Slice(cfg.train.batch_size)

@@ -7,6 +7,7 @@ What the result lines claim, by variant:
     plain-pillow    the peer of Pillow and the tutorial's way: open, convert, torchvision's Resize and CenterCrop.
     cache-host      the trainer's feed out of the host cache; cache-host-flip: with data.flip.
     cache-device    out of the GPU's memory; cache-device-flip likewise.  Only with a GPU.
+With --tune, one line instead: the decoder's settings that are best here, found by a small search (tune.py).
 `images_per_s` counts by the clock, with one decode thread; beside it the feed's own thread prepares and hands over.
 `images_per_cpu_s` counts by the processor time of all threads together: the rate of one core.  `ratio_to_tutorial` is
 images_per_s over that of plain-pillow in the same round, `ratio_per_core` the same of images_per_cpu_s.
@@ -18,40 +19,33 @@ bootstrap interval.  All files are in the system's file cache: the disk is not w
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import io
 import sys
 import tarfile
 import tempfile
-import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torchvision import transforms
 
 from benchmarks import harness
 from benchmarks.harness import Recorder, say
-from pipeline.cache import Kind, build_cache
+from benchmarks.supplies import Supply, our_feed, plain_dali, plain_pillow, timed
+from benchmarks.tune import tune
+from pipeline.cache import Kind
 from pipeline.cli import command
 from pipeline.config import DataConfig
 from pipeline.decode import Decoder, choose_decoder, dali_problem
-from pipeline.feed import open_feed
 from pipeline.index import Dataset, open_dataset
-from pipeline.order import Slice
 from pipeline.packing import write_zip
 
 MAX_IMAGES = 2_000
-SEED = 0
 PEER = "plain-pillow"
-
-Supply = contextlib.AbstractContextManager[Callable[[], object]]
-"""Entered, it gives a function that makes the next batch; left, it ends its threads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,70 +82,6 @@ def write_containers(dataset: Dataset, folder: Path) -> dict[str, Path]:
     return paths
 
 
-@contextlib.contextmanager
-def our_feed(
-    cfg: DataConfig, dataset: Dataset, device: torch.device, batch: int, threads: int, cache: Kind | None
-) -> Iterator[Callable[[], object]]:
-    """Batches of the trainer's feed; with a cache, one that is built already or is now."""
-    decoder = choose_decoder(cfg)[0]
-    cached = cache and build_cache(cfg, dataset, decoder=decoder, kind=cache, device=device, threads=threads)
-    feed = open_feed(
-        cfg,
-        dataset,
-        seed=SEED,
-        shard=Slice(batch),
-        device=device,
-        images_seen=0,
-        threads=threads,
-        decoder=decoder,
-        cached=cached or None,
-    )
-    try:
-        yield feed.next
-    finally:
-        feed.close()
-
-
-@contextlib.contextmanager
-def plain_dali(
-    paths: Sequence[Path], size: tuple[int, int], device: torch.device, batch: int, threads: int
-) -> Iterator[Callable[[], object]]:
-    """Batches of the shortest DALI pipeline that does the job."""
-    from nvidia.dali import fn as dali_fn
-    from nvidia.dali import pipeline_def as dali_pipeline_def
-
-    fn: Any = dali_fn  # the stubs cover neither these modules, which fill at run time, nor device_id=None
-    pipeline_def: Any = dali_pipeline_def
-    on_gpu = device.type == "cuda"
-
-    @pipeline_def(batch_size=batch, num_threads=threads, device_id=(device.index or 0) if on_gpu else None)
-    def graph() -> Any:
-        files, _ = fn.readers.file(files=[str(p) for p in paths], random_shuffle=True, seed=SEED)
-        images = fn.decoders.image(files, device="mixed" if on_gpu else "cpu")
-        images = fn.resize(images, resize_shorter=min(size))
-        return fn.crop(images, crop=size)
-
-    built = graph()
-    built.build()
-    yield lambda: built.run()[0].as_tensor()
-
-
-@contextlib.contextmanager
-def plain_pillow(paths: Sequence[Path], size: tuple[int, int], batch: int) -> Iterator[Callable[[], object]]:
-    """Batches as the tutorial's Dataset makes them, as uint8 and without workers."""
-    cut = transforms.Compose([transforms.Resize(min(size)), transforms.CenterCrop(size)])
-
-    def pictures() -> Iterator[np.ndarray]:
-        random = np.random.default_rng(SEED)
-        while True:
-            for i in random.permutation(len(paths)).tolist():
-                with Image.open(paths[i]) as image:
-                    yield np.asarray(cut(image.convert("RGB")))
-
-    endless = pictures()
-    yield lambda: np.stack([next(endless) for _ in range(batch)])
-
-
 def all_variants(
     cfg: DataConfig, containers: dict[str, Path], device: torch.device, batch: int, threads: int
 ) -> list[Variant]:
@@ -182,28 +112,6 @@ def all_variants(
     return found
 
 
-def timed(supply: Supply, batch: int, seconds: float, drained: int, device: torch.device) -> tuple[float, float]:
-    """Open it, drain it, time it, close it.
-
-    Args:
-        drained: batches taken first: more than are ever made ahead, so that none of these is counted.
-
-    Returns:
-        Images per second and per second of processor time.
-    """
-    with supply as make:
-        for _ in range(drained):
-            make()
-        harness.wait_for(device)
-        batches, start, cpu_start = 0, time.perf_counter(), time.process_time()
-        while time.perf_counter() - start < seconds:
-            make()
-            batches += 1
-        harness.wait_for(device)
-        wall, cpu = time.perf_counter() - start, time.process_time() - cpu_start
-    return batches * batch / wall, batches * batch / max(cpu, 1e-9)
-
-
 def measure(args: argparse.Namespace, recorder: Recorder) -> None:
     """Time all variants in turns and record a line of each."""
     device = harness.choose_device(args.device)
@@ -212,7 +120,13 @@ def measure(args: argparse.Namespace, recorder: Recorder) -> None:
         given = DataConfig(dataroot=harness.photographs(args.data, DataConfig()), cache_dir=str(folder / "cache"))
         containers = write_containers(open_dataset(given), folder)
         cfg = dataclasses.replace(given, image_size=args.size)
-        variants = {v.name: v for v in all_variants(cfg, containers, device, args.batch, args.threads)}
+        if args.tune:
+            own = dataclasses.replace(cfg, dataroot=str(containers["folder"]))
+            print(tune(args, own, open_dataset(own), device, recorder))
+            return
+        found_variants = all_variants(cfg, containers, device, args.batch, args.threads)
+        wanted = [v for v in found_variants if v.name == PEER or any(fnmatch(v.name, p) for p in args.only)]
+        variants = {v.name: v for v in wanted}
         rates: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
         drained = cfg.prefetch + 3
         for i, variant in harness.turns(list(variants), args.repeats):
@@ -268,15 +182,22 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     return harness.table(header, lines)
 
 
-def positive(text: str) -> float:
-    """An argparse type: seconds above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
+def read_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        ConfigError: one line.
+    """
+    parser = command.Parser("benchmarks.data", __doc__.splitlines()[0] if __doc__ else "")
+    harness.add_options(parser)
+    parser.add_argument("--seconds", type=harness.positive, default=3.0, help="of each timing")
+    parser.add_argument("--repeats", type=command.at_least(1), default=5, help="timings of each variant")
+    parser.add_argument("--batch", type=command.at_least(1), default=128, help="images a batch")
+    parser.add_argument("--size", type=command.at_least(8), default=64, help="pixels of an image's side")
+    parser.add_argument("--threads", type=command.at_least(1), default=1, help="decode threads, except plain-pillow")
+    parser.add_argument("--only", type=harness.names, default=["*"], help=f"patterns of variants, beside {PEER}")
+    parser.add_argument("--tune", action="store_true", help="search for the decoder's best settings instead")
+    return parser.parse_args(words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -284,18 +205,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
 
     def body() -> None:
-        parser = command.Parser("benchmarks.data", __doc__.splitlines()[0] if __doc__ else "")
-        harness.add_options(parser)
-        parser.add_argument("--seconds", type=positive, default=3.0, help="of each timing")
-        parser.add_argument("--repeats", type=command.at_least(1), default=5, help="timings of each variant")
-        parser.add_argument("--batch", type=command.at_least(1), default=128, help="images a batch")
-        parser.add_argument("--size", type=command.at_least(8), default=64, help="pixels of an image's side")
-        parser.add_argument(
-            "--threads", type=command.at_least(1), default=1, help="decode threads, except plain-pillow"
-        )
-        args = parser.parse_args(words)
+        args = read_arguments(words)
         recorder = Recorder("data", words, None if args.no_record else args.results)
         measure(args, recorder)
+        if args.tune:
+            return
         first = recorder.rows[0]
         print(
             f"{first['num_images']} images of {first['data']}, median {first['median_width']} x "

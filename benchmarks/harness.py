@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from pipeline import environment
+from pipeline.cli import command
 from pipeline.config import ConfigError, DataConfig
 from pipeline.errors import StorageError
 from pipeline.face_set import write_faces
@@ -198,11 +199,40 @@ def shown_ratio(row: dict[str, Any], key: str, interval_key: str) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every benchmark has."""
+    """The options of every benchmark that takes photographs."""
     parser.add_argument("--data", default="", help=f"photographs; without it {NUM_FACES} cartoon faces are drawn")
+    add_run_options(parser)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every benchmark has."""
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU, if any")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result lines")
     parser.add_argument("--no-record", action="store_true", help="print only; append no result lines")
+
+
+def positive(text: str) -> float:
+    """An argparse type: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def names(text: str) -> list[str]:
+    """An argparse type: words between commas, at least one."""
+    found = [word for word in text.split(",") if word]
+    if not found:
+        raise argparse.ArgumentTypeError(f"must be names between commas, got {text!r}")
+    return found
+
+
+def numbers(text: str) -> list[int]:
+    """An argparse type: integers of at least 1 between commas."""
+    return [command.at_least(1)(word) for word in names(text)]
 
 
 def choose_device(name: str) -> torch.device:
@@ -225,6 +255,19 @@ def photographs(data: str, cfg: DataConfig) -> str:
         say(f"drawing {NUM_FACES} cartoon faces into {folder}")
     write_faces(folder, NUM_FACES)
     return str(folder)
+
+
+def refuse_other_shapes(cfg: DataConfig, channels: int) -> None:
+    """
+    Raises:
+        ConfigError: the images are not of a shape that the tutorial's networks take.
+    """
+    height, width = cfg.size
+    if height != width or height & (height - 1) or cfg.nc != channels:
+        raise ConfigError(
+            f"data.image_size and data.nc must be a power of two and {channels}, which is what the tutorial's networks "
+            f"take, got {cfg.image_size} and {cfg.nc}"
+        )
 
 
 def wait_for(device: torch.device) -> None:

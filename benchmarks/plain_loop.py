@@ -1,9 +1,10 @@
 """The peer: a DCGAN trained as a tutorial does it, in plain PyTorch.  It shares no code with the pipeline.
 
 Float32, contiguous tensors, a Dataset of files read by Pillow, torchvision's transforms, a DataLoader with two
-workers, BCELoss after a sigmoid, Adam as torch builds it.  It is no straw man: it has all cores as threads, workers
-that never end and thus never start anew, no last batch that is smaller, and cuDNN may choose its algorithms.  What the
-tutorial does each iteration it does as well: the losses and D's mean judgements are read back as numbers.
+workers (more, or both networks compiled, where that is the question), BCELoss after a sigmoid, Adam as torch builds
+it.  It is no straw man: it has all cores as threads, workers that never end and thus never start anew, no last batch
+that is smaller, and cuDNN may choose its algorithms.  What the tutorial does each iteration it does as well: the losses
+and D's mean judgements are read back as numbers.
 
 Legend: N images, C = 3 channels, S x S pixels, nz the latent's length.
 """
@@ -97,8 +98,10 @@ class PlainLoop:
     """The tutorial's training, to be run in blocks of steps.
 
     Args:
-        paths: the photographs; every batch is full, whatever their number.
+        paths: the photographs; every batch is full, whatever their number.  None: only step() may be called.
         size: S, a power of two from 8 on.
+        workers: processes that read.
+        compiled: both networks under torch.compile, as its documentation has it: a line each and nothing else.
     """
 
     def __init__(
@@ -113,19 +116,26 @@ class PlainLoop:
         lr: float = 2e-4,
         beta1: float = 0.5,
         device: torch.device | str = "cpu",
+        workers: int = NUM_WORKERS,
+        compiled: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self.nz = nz
-        loader = DataLoader(
-            Photographs(paths, size),
-            batch_size=batch_size,
-            sampler=EndlessShuffle(len(paths)),
-            num_workers=NUM_WORKERS,
-            persistent_workers=True,
-        )
-        self._batches: Iterator[list[Tensor]] | None = iter(loader)  # starts the workers
-        self.generator = make_generator(nz, ngf, size).apply(_draw_weights).to(self.device)
-        self.discriminator = make_discriminator(ndf, size).apply(_draw_weights).to(self.device)
+        self._batches: Iterator[list[Tensor]] | None = None
+        if paths:
+            loader = DataLoader(
+                Photographs(paths, size),
+                batch_size=batch_size,
+                sampler=EndlessShuffle(len(paths)),
+                num_workers=workers,
+                persistent_workers=True,
+            )
+            self._batches = iter(loader)  # starts the workers
+        self.generator: nn.Module = make_generator(nz, ngf, size).apply(_draw_weights).to(self.device)
+        self.discriminator: nn.Module = make_discriminator(ndf, size).apply(_draw_weights).to(self.device)
+        if compiled:
+            for network in (self.generator, self.discriminator):
+                network.compile(dynamic=False)
         self.criterion = nn.BCELoss()
         self.adam_g = torch.optim.Adam(self.generator.parameters(), lr=lr, betas=(beta1, 0.999))
         self.adam_d = torch.optim.Adam(self.discriminator.parameters(), lr=lr, betas=(beta1, 0.999))
@@ -172,11 +182,16 @@ class PlainLoop:
         self.losses_d.append(loss_d.item())
         return d_real, before, after
 
+    def prepare(self) -> None:
+        """Set the process-wide switches as PyTorch has them by default; cuDNN may choose its algorithms."""
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = False
+
     def run(self, steps: int) -> float:
         """Train for so many iterations on the next photographs; returns the seconds taken."""
-        assert self._batches is not None, "closed"
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = True  # as PyTorch is set by default
+        assert self._batches is not None, "closed, or without photographs"
+        self.prepare()
         start = time.perf_counter()
         for _ in range(steps):
             asked = time.perf_counter()

@@ -14,11 +14,17 @@ What the result lines claim, by variant:
                      checkpoint.every_images take of images/s together.
     bare-step        the trainer's own step, on one batch and one set of latents that stay in memory: what is left when
                      nothing feeds, logs or draws.  `ratio_to_bare_step` is a trainer's images/s over this.
+    tutorial-compiled  the tutorial's loop with both networks under torch.compile.
+    loader-2, loader-all  the trainer's step on what a DataLoader with Pillow reads, with two workers and with one for
+                     each core: what is left where only the step is ours.
+    peer             another program (--peer 'COMMAND'), which prints a line an iteration; stopped between its blocks.
 How: all variants run in turns in one process, blocks of --steps steps, --pairs rounds, the order reversed every other
 round; a ratio is the median over the rounds with its 95 % bootstrap interval.  Both loops use all cores.  The first
 steps of each are not timed, neither is filling the cache, which happens once a dataset.  Checkpoints and pictures, due
 every 25,000 images, are left out on both sides.  On a GPU the tutorial's convolutions use TF32, as PyTorch is set by
 default; trainer-fp32 does not.
+`fraction_of_gemm` is what the algorithm's FLOPs (models.step_flops) make of the rate of matrix products in the
+trainer's precision, measured in the same run: 1 would be a step that does nothing else, at full speed.
 `peak_gib` is the most memory that launch/train.py with these settings held, measured on a short run of its own from
 start to report; `peak_gpu_gib` is what torch allocated on its GPU.  `data_wait_percent` is the share of the timed
 blocks in which the loop waited for a batch.
@@ -33,6 +39,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -43,9 +50,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness
-from benchmarks.arms import Arm, BareStep, TrainerArm
+from benchmarks import harness, roofline
+from benchmarks.arms import Arm, BareStep, TrainerArm, implementations
 from benchmarks.harness import Recorder, say
+from benchmarks.peers import LoaderArm, PeerArm
 from benchmarks.plain_loop import CHANNELS, PlainLoop
 from pipeline import precision
 from pipeline.cli import command
@@ -55,12 +63,17 @@ from pipeline.distributed import Ranks, num_threads
 from pipeline.environment import ROOT
 from pipeline.errors import UserError
 from pipeline.index import Dataset, open_dataset
+from pipeline.sizes import networks_of
 from pipeline.sources import FolderSource
 
+PEER_PARTS = ("tutorial-compiled", "loader-2", "loader-all")
 USUAL_PARTS = ("trainer-fp32", "tutorial", "trainer", "bare-step", "trainer-nocache", "memory")
-PARTS = (*USUAL_PARTS[:4], "trainer-unwatched", "trainer-saving", *USUAL_PARTS[4:])
+PARTS = (*USUAL_PARTS[:4], "trainer-unwatched", "trainer-saving", USUAL_PARTS[4], *PEER_PARTS, USUAL_PARTS[5])
 """In the order of their turns: what is compared most closely stands side by side."""
+GROUPS = {"usual": USUAL_PARTS, "peers": PEER_PARTS}
 WARM_UP_STEPS = 4
+PEER_WARM_UP_LINES = 10
+"""A program may print some lines before its first iteration."""
 MEMORY_STEPS = 6
 """Steps of the run whose memory is measured: nothing grows after the second (2026-11)."""
 
@@ -119,12 +132,19 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--pairs", type=command.at_least(1), default=10, help="blocks of each variant")
     parser.add_argument("--steps", type=command.at_least(1), default=20, help="steps of a block")
     parser.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16", "fp16"), help="of the trainer")
-    parser.add_argument("--parts", default=",".join(USUAL_PARTS), help="which variants, by default %(default)s")
+    parser.add_argument("--parts", default="usual", help=f"of {', '.join(PARTS)}; usual: {', '.join(USUAL_PARTS)}")
+    parser.add_argument("--peer", action="append", default=[], help="a command that prints a line an iteration")
+    parser.add_argument("--peer-batch", type=command.at_least(1), help="images of its iteration; by default --batch")
+    parser.add_argument("--peer-line", default="", help="a regular expression that a line of an iteration matches")
     args, settings = parser.parse_known_args(argv)
-    args.parts = [p for p in args.parts.split(",") if p]
+    args.parts = [each for p in args.parts.split(",") if p for each in GROUPS.get(p, (p,))]
     for part in args.parts:
         if part not in PARTS:
-            raise ConfigError(f"--parts must be of {', '.join(PARTS)}, got {part!r}")
+            raise ConfigError(f"--parts must be of {', '.join((*GROUPS, *PARTS))}, got {part!r}")
+    try:
+        re.compile(args.peer_line)
+    except re.error as error:
+        raise ConfigError(f"--peer-line must be a regular expression, got {args.peer_line!r} ({error})") from None
     words = ["--config", args.config] if args.config else []
     words += [*settings, *(["--data.dataroot", args.data] if args.data else [])]
     words += ["--train.batch_size", str(args.batch)] if args.batch else []
@@ -132,12 +152,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     cfg = parse(words).config
     dataroot = harness.photographs(cfg.data.dataroot, cfg.data)
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, dataroot=dataroot))
-    height, width = cfg.data.size
-    if height != width or height & (height - 1) or cfg.data.nc != CHANNELS:
-        raise ConfigError(
-            f"data.image_size and data.nc must be a power of two and {CHANNELS}, which is what the tutorial's networks "
-            f"take, got {cfg.data.image_size} and {cfg.data.nc}"
-        )
+    harness.refuse_other_shapes(cfg.data, CHANNELS)
     return args, cfg
 
 
@@ -150,23 +165,39 @@ def without_cache(cfg: Config) -> Config:
 
 
 def build_arms(
-    parts: Sequence[str], cfg: Config, dataset: Dataset, ranks: Ranks, folder: Path, stack: contextlib.ExitStack
+    args: argparse.Namespace, cfg: Config, dataset: Dataset, ranks: Ranks, folder: Path, stack: contextlib.ExitStack
 ) -> dict[str, Arm]:
-    """The variants that can run here, in the order of PARTS; the stack ends them."""
+    """The variants that can run here, in the order of PARTS, then the peers; the stack ends them."""
+    parts = args.parts
     found: dict[str, Arm] = {}
-    if "tutorial" in parts:  # first, so that its workers are forked from a process without other threads
-        found["tutorial"] = PlainLoop(
-            files_of(dataset, folder / "files"),
-            size=cfg.data.size[0],
-            batch_size=cfg.train.batch_size,
-            nz=cfg.model.nz,
-            ngf=cfg.model.ngf,
-            ndf=cfg.model.ndf,
-            lr=cfg.optim.scaled_lr(cfg.train.batch_size),
-            beta1=cfg.optim.beta1,
-            device=ranks.device,
-        )
-        stack.callback(found["tutorial"].close)
+    paths: list[Path] = []
+    if any(part.startswith(("tutorial", "loader")) for part in parts):
+        paths = files_of(dataset, folder / "files")
+    for part in ("tutorial", "tutorial-compiled"):  # first: workers are best forked before there are other threads
+        if part in parts:
+            found[part] = PlainLoop(
+                paths,
+                size=cfg.data.size[0],
+                batch_size=cfg.train.batch_size,
+                nz=cfg.model.nz,
+                ngf=cfg.model.ngf,
+                ndf=cfg.model.ndf,
+                lr=cfg.optim.scaled_lr(cfg.train.batch_size),
+                beta1=cfg.optim.beta1,
+                device=ranks.device,
+                compiled=part == "tutorial-compiled",
+            )
+            stack.callback(found[part].close)
+    cores = len(os.sched_getaffinity(0))
+    for part, workers in (("loader-2", 2), ("loader-all", cores)):
+        if part == "loader-all" and cores == 2 and "loader-2" in found:
+            say("loader-all is left out: all cores are 2 here")
+        elif part in parts:
+            found[part] = loader = LoaderArm(cfg, paths, ranks.device, workers)
+            stack.callback(loader.close)
+    for arm in found.values():
+        if isinstance(arm, LoaderArm):
+            arm.build(dataset, ranks)
 
     def add(name: str, own: Config, **options: bool) -> TrainerArm:
         arm = TrainerArm(own, dataset, ranks, folder / name, **options)
@@ -189,16 +220,27 @@ def build_arms(
             say("trainer-fp32 is left out: the trainer's precision is fp32 already")
         else:
             add("trainer-fp32", in_float32(cfg))
-    return {name: found[name] for name in PARTS if name in found}
+    peers: dict[str, Arm] = {}
+    for i, words in enumerate(args.peer, 1):
+        peer = PeerArm(words, pattern=args.peer_line)
+        stack.callback(peer.close)
+        peers["peer" if len(args.peer) == 1 else f"peer-{i}"] = peer
+    return {name: found[name] for name in PARTS if name in found} | peers
 
 
 def facts_of(arm: Arm, cfg: Config, dataset: Dataset) -> dict[str, Any]:
     """The settings that make a variant's speed."""
     trainer = arm.trainer if isinstance(arm, BareStep) else arm
-    if isinstance(trainer, TrainerArm):
+    chosen: dict[str, Any]
+    if isinstance(trainer, TrainerArm | LoaderArm):
         plan = trainer.plan
         chosen = {"precision": plan.precision, "cache": plan.cache, "decoder": plan.decoder, "mode": plan.mode}
+        chosen |= implementations(plan)
         chosen["layout"] = "channels_last" if cfg.train.channels_last else "contiguous"
+        if isinstance(trainer, LoaderArm):
+            chosen["workers"] = trainer.workers
+    elif isinstance(trainer, PeerArm):
+        chosen = dict.fromkeys(("precision", "cache", "decoder", "mode", "layout")) | {"peer": trainer.command}
     else:
         chosen = {"precision": "fp32", "cache": "none", "decoder": "pillow", "mode": "tutorial", "layout": "contiguous"}
     return chosen | {
@@ -255,11 +297,13 @@ def measure(args: argparse.Namespace, cfg: Config, recorder: Recorder) -> None:
                 if name in args.parts:
                     say(f"memory of {name}: a run of {MEMORY_STEPS} steps")
                     peaks[name] = peak_memory(own, device, folder / f"memory-{name}")
-        arms = build_arms(args.parts, cfg, dataset, ranks, folder, stack)
+        arithmetic = precision.resolve(cfg.precision, device)
+        gemm, flops = roofline.gemm_rate(arithmetic, device), networks_of(cfg).flops
+        arms = build_arms(args, cfg, dataset, ranks, folder, stack)
         if not arms:
             raise ConfigError(f"--parts must name a variant to time, got {','.join(args.parts)!r}")
         for arm in arms.values():
-            arm.run(WARM_UP_STEPS)
+            arm.run(PEER_WARM_UP_LINES if isinstance(arm, PeerArm) else WARM_UP_STEPS)
         waited = {name: arm.wait_s for name, arm in arms.items()}
         blocks = {name: arm.run for name, arm in arms.items()}
         seconds = harness.paired(blocks, pairs=args.pairs, steps=args.steps, say=say)
@@ -280,8 +324,16 @@ def measure(args: argparse.Namespace, cfg: Config, recorder: Recorder) -> None:
                     "checkpoint_stall_ms_most": max(arm.stall_ms),
                 }
             facts |= peaks.get(name, {}) | {"block_s": seconds[name]}
-            to_tutorial = harness.ratios(seconds["tutorial"], seconds[name]) if "tutorial" in seconds else None
-            rates = [cfg.train.batch_size * args.steps / s for s in seconds[name]]
+            if isinstance(arm, PeerArm):
+                facts |= {"batch_size": args.peer_batch or cfg.train.batch_size, "data_wait_percent": None}
+            rates = [facts["batch_size"] * args.steps / s for s in seconds[name]]
+            if not isinstance(arm, PeerArm):
+                facts |= {"gemm_precision": arithmetic, "gemm_gflops_per_s": gemm / 1e9}
+                facts["fraction_of_gemm"] = statistics.median(rates) * flops / gemm
+            to_tutorial = None
+            if "tutorial" in seconds:
+                tutorial = [cfg.train.batch_size * args.steps / s for s in seconds["tutorial"]]
+                to_tutorial = harness.ratios(rates, tutorial)
             recorder.add(name, rates, to_tutorial, **facts)
 
 
@@ -291,18 +343,19 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         (
             row["variant"],
-            row["precision"],
-            row["cache"],
+            row["precision"] or "-",
+            row["cache"] or "-",
             harness.shown(row["images_per_s"]),
             " to ".join(harness.shown(q) for q in row["images_per_s_quartiles"]),
             harness.shown_ratio(row, "ratio_to_tutorial", "ratio_interval"),
             harness.shown_ratio(row, "ratio_to_bare_step", "ratio_to_bare_step_interval"),
             harness.shown(row["data_wait_percent"], 2),
+            f"{100 * row['fraction_of_gemm']:.1f}" if "fraction_of_gemm" in row else "-",
             harness.shown(row.get("peak_gib"), 2),
         )
         for row in rows
     ]
-    return harness.table((*header, "data wait %", "peak GiB"), lines)
+    return harness.table((*header, "data wait %", "of GEMM limit %", "peak GiB"), lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

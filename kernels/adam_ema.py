@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.language import INTERPRETED, cdiv, jit, tl
+from kernels.language import FOUR_WARPS, INTERPRETED, cdiv, jit, tl
 
 _TENSORS = 16
 """At a launch; G and D of 64 x 64 images have 13 and 11."""
@@ -152,19 +152,21 @@ def _adam_ema_triton(
         for chunk in chunks:
             numels = tuple(p.numel() for p in params[chunk])
             grid = (sum(cdiv(n, _CHECK_BLOCK) for n in numels),)
-            _find_non_finite[grid](tuple(grads[chunk]), numels, found_inf, NUM=len(numels), BLOCK=_CHECK_BLOCK)
+            _find_non_finite[grid](
+                tuple(grads[chunk]), numels, found_inf, NUM=len(numels), BLOCK=_CHECK_BLOCK, **FOUR_WARPS
+            )
     factors = torch.empty(len(params), 2, dtype=torch.float32, device=lr.device)
     logs = tuple(math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
     for chunk in chunks:
         numels = tuple(p.numel() for p in params[chunk])
         num, mine = len(numels), factors[chunk]
-        _advance[(1,)](tuple(steps[chunk]), lr, found_inf, mine, *logs, NUM=num, num_warps=1)
+        _advance[(1,)](tuple(steps[chunk]), lr, found_inf, mine, *logs, NUM=num, **FOUR_WARPS)
         tensors = (tuple(each[chunk]) for each in (params, grads, exp_avgs, exp_avg_sqs))
         beside = (tuple(each[chunk]) if each else None for each in (averages, copies))
         on_device = (mine, weight, found_inf, grad_scale)
         grid = (sum(cdiv(n, _BLOCK) for n in numels),)
         betas = (beta1, 1 - beta1, beta2, 1 - beta2)
-        _update[grid](*tensors, *beside, numels, *on_device, *betas, eps, NUM=num, BLOCK=_BLOCK, num_warps=4)
+        _update[grid](*tensors, *beside, numels, *on_device, *betas, eps, NUM=num, BLOCK=_BLOCK, **FOUR_WARPS)
 
 
 @torch.library.custom_op(

@@ -27,7 +27,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.language import INTERPRETED, SM_PROGRAMS, TRITON_DTYPES, cdiv, jit, power_of_two, tl, wide_dtype
+from kernels.language import (
+    FOUR_WARPS,
+    INTERPRETED,
+    SM_PROGRAMS,
+    TRITON_DTYPES,
+    cdiv,
+    jit,
+    power_of_two,
+    tl,
+    wide_dtype,
+)
 
 _TILE = 2048
 """Elements a program holds at once: 16 a thread with 4 warps."""
@@ -223,11 +233,11 @@ def _tiles(x: Tensor, groups: int) -> tuple[int, int, int, dict[str, Any]]:
     wanted = max(1, SM_PROGRAMS // (cdiv(channels, block_c) * groups))
     slice_rows = cdiv(cdiv(rows, block_r), wanted) * block_r
     acc = TRITON_DTYPES[wide_dtype(x)]
-    return rows, channels, slice_rows, {"ACC": acc, "BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": 4}
+    return rows, channels, slice_rows, {"ACC": acc, "BLOCK_R": block_r, "BLOCK_C": block_c, **FOUR_WARPS}
 
 
 def _merge_block(slices: int, channels: int) -> dict[str, Any]:
-    return {"BLOCK_S": min(64, power_of_two(slices)), "BLOCK_C": min(16, power_of_two(channels)), "num_warps": 4}
+    return {"BLOCK_S": min(64, power_of_two(slices)), "BLOCK_C": min(16, power_of_two(channels)), **FOUR_WARPS}
 
 
 def _pair(x: Tensor, *shape: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.language import INTERPRETED, cdiv, jit, tl
+from kernels.language import FOUR_WARPS, INTERPRETED, cdiv, jit, tl
 from kernels.normalize import normalize, normalize_reference
 
 _BLOCK = 1024
@@ -99,7 +99,7 @@ def _gather_triton(
     grid = (len(rows), cdiv(height * width * images.shape[3], _BLOCK))
     sides = (images.shape[1], images.shape[2], height, width)
     flip = None if flip is None else flip.view(torch.uint8)
-    _gather_kernel[grid](images, rows, flip, top, left, out, *sides, C=images.shape[3], BLOCK=_BLOCK, num_warps=4)
+    _gather_kernel[grid](images, rows, flip, top, left, out, *sides, C=images.shape[3], BLOCK=_BLOCK, **FOUR_WARPS)
     return out
 
 

@@ -43,6 +43,9 @@ INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1"
 SM_PROGRAMS = 4 * 132
 """Programs that fill an H100 or H200 (132 SMs).  A constant, so that reductions have one order on every device."""
 
+FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}
+"""How kernels are compiled; products and sums are fused whatever a version of Triton does by default."""
+
 TRITON_DTYPES: dict[torch.dtype, Any] = (
     {
         torch.float64: tl.float64,

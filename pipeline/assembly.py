@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -16,7 +16,7 @@ from pipeline.decode import Decoder, choose_decoder
 from pipeline.distributed import Ranks
 from pipeline.index import Dataset
 from pipeline.micro_batches import MicroBatchStep
-from pipeline.models import BatchNormAct, Discriminator, Generator, initialise
+from pipeline.models import Discriminator, Generator, Kernels, initialise
 from pipeline.optimisers import require_backend
 from pipeline.overlap import OverlappedStep
 from pipeline.players import make_players
@@ -40,7 +40,8 @@ class Plan:
     num_steps: int
     total_images: int
     networks: str = "torch"
-    batchnorm: BatchNormAct = "torch"
+    batchnorm: Kernels = "torch"
+    image_ends: Kernels = "torch"
     gather: str = "torch"
     """What does these operations, as under kernels; torch until `candidates.settle` has chosen."""
 
@@ -52,9 +53,9 @@ def make_plan(cfg: Config, dataset: Dataset, ranks: Ranks) -> Plan:
         ConfigError: this machine cannot do what a setting asks for, or one setting not what another asks for.
     """
     _refuse_what_does_not_go_together(cfg)
+    require_mode(cfg, ranks.device)
     require_backend(cfg.optim.backend, ranks.device)
     distributed.require_compression(cfg.distributed, ranks)
-    _refuse_mode(cfg, ranks.device)
     decoder, why_decoder = choose_decoder(cfg.data)
     cache, why_cache = cache_kind(cfg.data, dataset, ranks.device, decoder=decoder)
     arithmetic = precision.resolve(cfg.precision, ranks.device)
@@ -87,7 +88,7 @@ def _refuse_what_does_not_go_together(cfg: Config) -> None:
         )
 
 
-def _refuse_mode(cfg: Config, device: torch.device) -> None:
+def require_mode(cfg: Config, device: torch.device) -> None:
     """
     Raises:
         ConfigError: train.mode cannot be had with this device or these settings.
@@ -121,6 +122,9 @@ def build_networks(cfg: Config, device: torch.device) -> tuple[Generator, Discri
     return generator, discriminator
 
 
+_NEVER = 1 << 30
+"""Steps between the wrapper's own timings, else 100: a recorded step must not hold one."""
+
 STEPS: dict[str, type[Step]] = {
     "eager": FastStep,
     "reference": ReferenceStep,
@@ -136,6 +140,7 @@ def build_step(cfg: Config, plan: Plan, ranks: Ranks) -> Step:
     for network in (generator, discriminator):
         network.native = plan.networks == "native"
         network.batchnorm_act = plan.batchnorm
+        network.image_ends = plan.image_ends
     if cfg.distributed.sync_batchnorm:
         distributed.synchronise_batchnorm(generator, ranks)
         distributed.synchronise_batchnorm(discriminator, ranks)
@@ -174,4 +179,7 @@ def wrap_players(step: Step, ranks: Ranks, cfg: Config) -> None:
             players.late = distributed.LateReduction(ranks, cfg.distributed.compress)
         with step.apart():
             for name, late in (("generator", players.late), ("discriminator", None)):
-                players.parallel[name] = distributed.wrap(players.bare(name), ranks, cfg.distributed, late)
+                wrapped: Any = distributed.wrap(players.bare(name), ranks, cfg.distributed, late)
+                if isinstance(step, GraphStep):
+                    wrapped._set_ddp_runtime_logging_sample_rate(_NEVER)
+                players.parallel[name] = wrapped

@@ -138,6 +138,7 @@ class Attempt:
             )
             stack.callback(self.writer.close)
             stack.callback(self.run.close_log)
+            stack.callback(self.step.close)
             if ranks.leads:
                 self.snapshots = Snapshots(self.step.players)
             self.peak_tflops = measured_peak_tflops(ranks.device, precision.dtype_of(self.plan.precision))

@@ -6,6 +6,7 @@ Whatever is made for a measurement only is freed with it.
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -46,20 +47,26 @@ def settle(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices) -> Plan:
     wide = f"{size} ngf {cfg.model.ngf} ndf {cfg.model.ndf}"
     networks, problem = network_candidates(cfg, plan, ranks)
     if problem and plan.precision == "bf16" and ranks.device.type == "cpu":
-        if cfg.kernels.networks == "native":
-            raise ConfigError(f"kernels.networks must be auto or torch here, since {problem}, got 'native'")
+        distributed.together(lambda: _refuse_native(cfg, problem))
         plan = dataclasses.replace(plan, reasons=(*plan.reasons, f"networks by torch: {problem}"))
     plan = dataclasses.replace(plan, networks=choices.pick("networks", wide, networks, cfg.kernels.networks))
-    batchnorms = batchnorm_candidates(cfg, plan, ranks)
-    batchnorm: Any = choices.pick("batchnorm", wide, batchnorms, cfg.kernels.batchnorm)
+    layers: dict[str, Any] = {"batchnorm": cfg.kernels.batchnorm, "image_ends": cfg.kernels.image_ends}
+    for operation, setting in layers.items():
+        found = choices.pick(operation, wide, layer_candidates(cfg, plan, ranks, operation), setting)
+        plan = dataclasses.replace(plan, **{operation: found})  # type: ignore[arg-type]
     from_cache = f"{size} from {plan.cache} on {ranks.device.type}"
     gather_by = choices.pick("gather", from_cache, gathers(cfg, plan, ranks.device, share), cfg.kernels.gather)
-    plan = dataclasses.replace(plan, batchnorm=batchnorm, gather=gather_by)
+    plan = dataclasses.replace(plan, gather=gather_by)
     if cfg.train.mode != "auto":
         return plan
-    done_by = f"networks {plan.networks} batchnorm {plan.batchnorm}"
+    done_by = f"networks {plan.networks} batchnorm {plan.batchnorm} image_ends {plan.image_ends}"
     mode, why = settle_mode(cfg, plan, ranks, choices, f"{wide} {ranks.device.type} {done_by}")
     return dataclasses.replace(plan, mode=mode, reasons=(*plan.reasons, f"mode {mode}: {why}"))
+
+
+def _refuse_native(cfg: Config, problem: str) -> None:
+    if cfg.kernels.networks == "native":
+        raise ConfigError(f"kernels.networks must be auto or torch here, since {problem}, got 'native'")
 
 
 def settle_mode(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices, key: str) -> tuple[str, str]:
@@ -80,10 +87,11 @@ def settle_mode(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices, key: st
         if can_compile and (plan.total_images >= COMPILE_PAYS_IMAGES or names == ["eager"]):
             names.append("compile")
     if ranks.device.type != "cuda":
-        found = choices.recall("mode", key, names)
-        return found or "eager", choices.why("mode", key) or "on a CPU, unless another is measured to be faster."
+        mode = choices.recall("mode", key, names, "on a CPU, where no other is known to be faster")
+        return mode, choices.why("mode", key)
     mode = choices.pick("mode", key, {name: _steps_of(cfg, plan, ranks, mode=name) for name in names})
-    torch.cuda.empty_cache()  # of the modes that lost
+    gc.collect()  # a graph and its step hold each other
+    torch.cuda.empty_cache()
     return mode, choices.why("mode", key)
 
 
@@ -144,13 +152,17 @@ def _native_problem(cfg: Config, plan: Plan, ranks: Ranks) -> str:
     return distributed.leader_first(ranks, load)
 
 
-def batchnorm_candidates(cfg: Config, plan: Plan, ranks: Ranks) -> Candidates:
-    """What can compute BatchNorm with its activation in training, each as a whole step; where the mode is not settled
-    yet, in a graph, where nothing but the kernels takes time."""
+def layer_candidates(cfg: Config, plan: Plan, ranks: Ranks, operation: str) -> Candidates:
+    """What can compute some layers with their activations in training, each as a whole step; where the mode is not
+    settled yet, in a graph, where nothing but the kernels takes time.
+
+    Args:
+        operation: the plan's field that says what computes them.
+    """
     if ranks.device.type != "cuda" or not language.AVAILABLE or cfg.distributed.sync_batchnorm:
         return {"torch": _nothing}
     mode = "graph" if cfg.train.mode == "auto" else cfg.train.mode
-    return {name: _steps_of(cfg, plan, ranks, batchnorm=name, mode=mode) for name in ("torch", "triton")}
+    return {name: _steps_of(cfg, plan, ranks, **{operation: name, "mode": mode}) for name in ("torch", "triton")}
 
 
 def gathers(cfg: Config, plan: Plan, device: torch.device, share: int) -> Candidates:

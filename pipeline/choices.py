@@ -180,6 +180,7 @@ class Choices:
         self._overrides_path = overrides
         self._overrides: dict[str, Choice] = self._on_leader(self._read_overrides)
         self._of_run: dict[str, Choice] = self._on_leader(self._read_run)
+        self._kept = self._of_run
         self.made: dict[str, Choice] = {}
         """What this run uses, by `operation key`, in the order of picking."""
 
@@ -243,14 +244,18 @@ class Choices:
         self._on_leader(self._keep)
         return choice.choice
 
-    def recall(self, operation: str, key: str, names: list[str]) -> str:
-        """What an earlier start or an earlier run has found fastest, without measuring; empty: nobody knows."""
+    def recall(self, operation: str, key: str, names: list[str], otherwise: str) -> str:
+        """As pick, but nothing is measured: what nobody knows is the first of the names, and stays so in this run.
+
+        Args:
+            otherwise: the reason for the first one, in words.
+        """
         name = f"{operation} {key}"
-        choice: Choice | None = self._on_leader(lambda: self._known(name, names))
-        if choice:
-            self.made[name] = choice
-            self._on_leader(self._keep)
-        return choice.choice if choice else ""
+        told = distributed.together(lambda: self._told(name, operation, names, "auto"))
+        known: Choice | None = told or self._on_leader(lambda: self._known(name, names))
+        self.made[name] = known or Choice(names[0], otherwise)
+        self._on_leader(self._keep)
+        return self.made[name].choice
 
     def why(self, operation: str, key: str) -> str:
         """Where the choice comes from, with its figures, as a sentence; empty: none is made."""
@@ -290,12 +295,14 @@ class Choices:
 
     def _keep(self) -> None:
         # Those of earlier starts stay: a run may be told to use something else for one start.
-        if self._run:
-            write(self._run, self.machine, self._of_run | self.made)
+        whole = self._of_run | self.made
+        if self._run and whole != self._kept:  # a run that goes on writes nothing, whatever room the disk has
+            write(self._run, self.machine, whole)
+            self._kept = whole
 
     def layout(self) -> dict[str, str]:
-        """For resume.layout: what each operation uses."""
-        return {f"kernels.{name}": choice.choice for name, choice in self.made.items()}
+        """For resume.layout: what each operation uses; the step's mode stands there by itself."""
+        return {f"kernels.{name}": c.choice for name, c in self.made.items() if not name.startswith("mode ")}
 
     def lines(self) -> list[str]:
         """For people: what this run uses, or, where nothing is picked yet, what is known for such a machine."""

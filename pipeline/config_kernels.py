@@ -13,6 +13,9 @@ class KernelsConfig:
     the fastest here, measured at the run's first start."""
     batchnorm: Literal["auto", "torch", "triton"] = "auto"
     """What computes BatchNorm with its activation; auto: the fastest here, measured at the run's first start."""
+    image_ends: Literal["auto", "torch", "triton"] = "auto"
+    """What computes the layers at the images with their activations, D's first and G's last; auto: the fastest here,
+    measured at the run's first start."""
     gather: Literal["auto", "torch", "triton", "native"] = "auto"
     """What picks a batch from decoded images, mirrors it and turns its bytes into [-1, 1]; auto: the fastest here,
     measured at the run's first start."""

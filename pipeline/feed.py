@@ -166,6 +166,10 @@ class PrefetchingFeed(BackgroundFeed[T]):
         self._pending = None if following is None else self._begin(following)
         return self._side.hand_over(pending)
 
+    def close(self) -> None:
+        super().close()
+        self._pending = None
+
 
 class Batch(NamedTuple):
     """What a batch shall be, before any pixel is touched."""

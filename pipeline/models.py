@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from kernels import pixel_major
 from kernels.batchnorm_act import batchnorm_act
+from kernels.image_ends import conv_leaky_relu, conv_transpose_tanh
 from pipeline.config import num_halvings
 
 LEAK = 0.2
@@ -90,12 +92,12 @@ def _full_precision(device_type: str) -> contextlib.AbstractContextManager[None]
     return torch.autocast(device_type, enabled=False)
 
 
-BatchNormAct = Literal["torch", "triton"]
-"""Who computes BatchNorm and the activation after it, in training: torch one after the other, or kernels/ as one."""
+Kernels = Literal["torch", "triton"]
+"""Who computes a layer together with what stands beside it: torch, one after the other, or kernels/, as one."""
 
 
-def through(layers: nn.Sequential, x: Tensor, fused: BatchNormAct, num_groups: int = 1) -> Tensor:
-    """x through all layers, BatchNorm and the ReLU or LeakyReLU behind it as one where `fused` and the layer allow it.
+def through(layers: Iterable[nn.Module], x: Tensor, batchnorm_act_by: Kernels, num_groups: int = 1) -> Tensor:
+    """x through all layers; BatchNorm in training and the activation behind it as one where kernels/ shall.
 
     Hooks on layers that were taken as one are not called.
     """
@@ -103,7 +105,7 @@ def through(layers: nn.Sequential, x: Tensor, fused: BatchNormAct, num_groups: i
     for layer in waiting:
         if isinstance(layer, GroupedBatchNorm2d):
             layer.num_groups = num_groups
-        if fused == "triton" and isinstance(layer, nn.BatchNorm2d) and _can_be_fused(layer):
+        if batchnorm_act_by == "triton" and isinstance(layer, nn.BatchNorm2d) and _can_be_fused(layer):
             activation: Any = next(waiting)
             slope = activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.0
             running: Any = layer.running_mean, layer.running_var, layer.num_batches_tracked
@@ -116,7 +118,7 @@ def through(layers: nn.Sequential, x: Tensor, fused: BatchNormAct, num_groups: i
 
 
 def _can_be_fused(layer: nn.BatchNorm2d) -> bool:
-    """In training as usual.  Not where running statistics stand still: penalties then want a second derivative."""
+    """In training as usual: the batch's statistics, and running ones that follow by a fixed share."""
     return layer.training and layer.track_running_stats and layer.momentum is not None
 
 
@@ -140,7 +142,10 @@ def initialise(network: nn.Module, generator: torch.Generator) -> None:
 class Generator(nn.Module):
     """Draws images from latent vectors: (N, nz) -> (N, nc, height, width) in [-1, 1]."""
 
-    batchnorm_act: BatchNormAct = "torch"
+    batchnorm_act: Kernels = "torch"
+    image_ends: Kernels = "torch"
+    native: bool = False
+    """Train through the AMX kernels, where `native_problem` finds nothing against it."""
 
     def __init__(self, nz: int, ngf: int, nc: int, height: int, width: int) -> None:
         super().__init__()
@@ -152,13 +157,14 @@ class Generator(nn.Module):
             layers += [nn.ConvTranspose2d(inner, outer, 4, stride=2, padding=1, bias=False)]
         self.layers = nn.Sequential(*layers)
 
-    native: bool = False
-    """Train through the AMX kernels, where `native_problem` finds nothing against it."""
-
     def forward(self, latents: Tensor) -> Tensor:
         if self.native and _trains_in_bf16(self):
             return torch.tanh(self._pixel_major(latents))
-        return torch.tanh(through(self.layers, latents[:, :, None, None], self.batchnorm_act))
+        inner: list[nn.Module]
+        last: Any
+        *inner, last = self.layers
+        x = through(inner, latents[:, :, None, None], self.batchnorm_act)
+        return conv_transpose_tanh(x, last.weight) if self.image_ends == "triton" else torch.tanh(last(x))
 
     def _pixel_major(self, latents: Tensor) -> Tensor:
         first, *hidden, last = (m for m in self.layers if isinstance(m, nn.ConvTranspose2d))
@@ -180,7 +186,10 @@ class Discriminator(nn.Module):
     one kind's state does not load into the other.
     """
 
-    batchnorm_act: BatchNormAct = "torch"
+    batchnorm_act: Kernels = "torch"
+    image_ends: Kernels = "torch"
+    native: bool = False
+    """Train through the AMX kernels, where `native_problem` finds nothing against it."""
 
     def __init__(self, ndf: int, nc: int, height: int, width: int, *, spectral_norm: bool = False) -> None:
         super().__init__()
@@ -197,13 +206,18 @@ class Discriminator(nn.Module):
             if spectral_norm and isinstance(layer, nn.Conv2d):
                 parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
 
-    native: bool = False
-    """Train through the AMX kernels, where `native_problem` finds nothing against it."""
-
     def forward(self, images: Tensor, num_groups: int = 1) -> Tensor:
         if self.native and _trains_in_bf16(self):
             return self._pixel_major(images, num_groups)
-        return through(self.layers, images, self.batchnorm_act, num_groups).flatten()
+        inner: list[nn.Module]
+        first: Any
+        activation: Any
+        first, activation, *inner = self.layers
+        if self.image_ends == "triton":
+            x = conv_leaky_relu(images, first.weight, activation.negative_slope)
+        else:
+            x = activation(first(images))
+        return through(inner, x, self.batchnorm_act, num_groups).flatten()
 
     def _pixel_major(self, images: Tensor, num_groups: int) -> Tensor:
         first, *hidden, last = (m for m in self.layers if isinstance(m, nn.Conv2d))

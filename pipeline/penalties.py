@@ -72,7 +72,11 @@ def _slopes(discriminator: nn.Module, images: Tensor, precision: Precision) -> T
     """(N, C * H * W): the gradient of D's summed output in each image's pixels, itself differentiable."""
     arithmetic: Precision = "fp32" if precision == "fp16" else precision
     images = images.requires_grad_()
-    with precision_.autocast(arithmetic, images.device), _running_statistics_kept(discriminator):
+    with (
+        precision_.autocast(arithmetic, images.device),
+        _running_statistics_kept(discriminator),
+        _torchs(discriminator),
+    ):
         output = discriminator(images).sum()
         # In the images only: no parameter's gradient is touched, so DistributedDataParallel's hooks do not fire.
         (slopes,) = torch.autograd.grad(output, images, create_graph=True)
@@ -91,3 +95,17 @@ def _running_statistics_kept(network: nn.Module) -> Iterator[None]:
     finally:
         for layer, before in zip(layers, tracked, strict=True):
             layer.track_running_stats = before
+
+
+@contextlib.contextmanager
+def _torchs(network: nn.Module) -> Iterator[None]:
+    """Layers computed by torch, since those of kernels/ have no second derivative."""
+    switches = [name for name in ("batchnorm_act", "image_ends") if hasattr(network, name)]
+    before = {name: getattr(network, name) for name in switches}
+    for name in switches:
+        setattr(network, name, "torch")
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(network, name, value)

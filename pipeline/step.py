@@ -181,6 +181,9 @@ class Step:
         """The context to wrap the networks in for many ranks."""
         return contextlib.nullcontext()
 
+    def close(self) -> None:
+        """Let go of what must not outlive the ranks' process group; no step may follow."""
+
     def news(self) -> str:
         """What a person should know of the steps since this was last asked; mostly nothing."""
         return ""

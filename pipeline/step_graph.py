@@ -147,6 +147,9 @@ class GraphStep(FastStep):
     def apart(self) -> contextlib.AbstractContextManager[None]:
         return self.recorder.apart()
 
+    def close(self) -> None:
+        self.recordings.clear()  # NCCL waits for the graphs that hold its calls before it gives a communicator up
+
     def autocast(self) -> Any:
         return precision_.autocast(self.precision, self.device, cache=False)
 

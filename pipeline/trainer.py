@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import sys
 import time
 import uuid
@@ -103,7 +104,8 @@ class Run:
                 break
             except Diverging as trouble:
                 found, history = self._go_back(trouble, attempt.history)
-                del attempt  # its networks make room for the next one's
+                del attempt
+                gc.collect()  # its networks make room for the next one's
         if ranks.leads:
             self._finish(outcome)
 

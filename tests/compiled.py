@@ -35,7 +35,7 @@ class _Compiler:
         self.kernel, self.others, self.done = kernel, others, done
 
     def __getitem__(self, grid: Any) -> Any:
-        def launch(*args: Any, num_warps: int = 4, num_stages: int = 3, **named: Any) -> None:
+        def launch(*args: Any, num_warps: int, enable_fp_fusion: bool, **named: Any) -> None:
             import triton
             from triton.backends.compiler import GPUTarget
             from triton.compiler import ASTSource
@@ -51,7 +51,7 @@ class _Compiler:
                 else:
                     signature[name] = _describe(values[name], (i,), constexprs, attrs)
             source = ASTSource(self.kernel, signature, constexprs, attrs)
-            options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+            options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
             with self.others():  # what the kernel itself calls
                 built = triton.compile(source, target=GPUTarget("cuda", HOPPER, 32), options=options)
             assert built.asm["cubin"], self.kernel.__name__

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import data, harness, plain_loop, quality, train
+from benchmarks import data, harness, plain_loop, quality, roofline, train
 from pipeline.config import OptimConfig
 from pipeline.face_set import write_faces
 from pipeline.models import Discriminator, Generator, initialise
@@ -139,7 +139,8 @@ def test_the_peer_sees_every_photograph_once_an_epoch_as_the_tutorial_scales_it(
     assert len({tuple(walk[i : i + 6]) for i in (0, 6, 12)}) > 1
 
 
-def test_training_is_measured_beside_the_tutorials_loop(faces, tmp_path, capsys):
+def test_training_is_measured_beside_the_tutorials_loop(faces, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(roofline, "GEMM_SIDES", (64,))
     words = f"--data {faces} --device cpu --batch 4 --pairs 2 --steps 1 --results {tmp_path} --precision bf16 "
     words += "--parts tutorial,trainer,bare-step,trainer-nocache,memory --data.image_size 16 --model.ngf 4 "
     words += "--model.ndf 4 --log.report false --log.grid_size 4 --distributed.threads 1 "
@@ -190,7 +191,7 @@ def test_every_container_holds_the_same_photographs(faces, tmp_path):
 @pytest.mark.parametrize(
     ("main", "words", "said"),
     [
-        (train.main, "--parts trainer,turbo", "--parts must be of trainer-fp32, tutorial"),
+        (train.main, "--parts trainer,turbo", "--parts must be of usual, peers, trainer-fp32, tutorial"),
         (train.main, "--data . --train.batchsize 4", "did you mean train.batch_size?"),
         (train.main, "--data . --data.image_size 48", "data.image_size and data.nc must be a power of two and 3"),
         (train.main, "--pairs 0", "must be an integer of at least 1"),

@@ -14,7 +14,7 @@ from pipeline.assembly import Plan
 from pipeline.candidates import gathers, settle, settle_mode
 from pipeline.choices import Choices
 from pipeline.cli import train as command
-from pipeline.config import Config, ConfigError, DataConfig, KernelsConfig, ModelConfig, TrainConfig
+from pipeline.config import Config, ConfigError, DataConfig, DistributedConfig, KernelsConfig, ModelConfig, TrainConfig
 from pipeline.distributed import Ranks
 from pipeline.feed import can_normalise
 from tests.commands import status_of
@@ -24,7 +24,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ONE = Ranks(0, 1, 0, 1, CPU)
 CFG = Config(data=DataConfig(image_size=16), model=ModelConfig(nz=4, ngf=2, ndf=2), train=TrainConfig(batch_size=4))
 PLAN = Plan("pillow", "none", "fp32", "eager", (), 10, 40)
-KEY = "mode 4x3x16x16 fp32 ngf 2 ndf 2 cpu networks torch batchnorm torch"
+KEY = "mode 4x3x16x16 fp32 ngf 2 ndf 2 cpu networks torch batchnorm torch image_ends torch"
 
 
 def choices(tmp_path, **options) -> Choices:
@@ -36,7 +36,7 @@ def choices(tmp_path, **options) -> Choices:
 def test_on_a_cpu_the_plan_is_eager_and_torchs_and_says_why(tmp_path):
     plan = settle(CFG, PLAN, ONE, choices(tmp_path))
     assert (plan.mode, plan.networks, plan.batchnorm, plan.gather) == ("eager", "torch", "torch", "torch")
-    assert plan.reasons == ("mode eager: on a CPU, unless another is measured to be faster.",)
+    assert plan.reasons == ("mode eager: on a CPU, where no other is known to be faster.",)
 
 
 def test_on_a_cpu_a_mode_that_was_measured_to_be_faster_is_taken_with_its_figures(tmp_path):
@@ -131,12 +131,13 @@ def test_a_run_keeps_its_choices_and_says_what_it_uses_and_a_dry_run_prints_what
     assert "kernels               measured at the first start" in capsys.readouterr().out
     assert command.main(settings) == 0
     written = json.loads((tmp_path / "run/choices.json").read_text())
-    assert {name.split()[0] for name in written["choices"]} == {"networks", "batchnorm", "gather"}
-    assert "mode eager: on a CPU, unless another is measured to be faster." in status_of(tmp_path / "run")["fallbacks"]
+    assert {name.split()[0] for name in written["choices"]} == {"networks", "batchnorm", "image_ends", "gather", "mode"}
+    assert "mode eager: on a CPU, where no other is known to be faster." in status_of(tmp_path / "run")["fallbacks"]
     manifest = json.loads((tmp_path / "run/checkpoints/images-000000008/manifest.json").read_text())
     assert {k.split()[0]: v for k, v in manifest["layout"].items() if k.startswith("kernels.")} == {
         "kernels.networks": "torch",
         "kernels.batchnorm": "torch",
+        "kernels.image_ends": "torch",
         "kernels.gather": "torch",
     }
     capsys.readouterr()
@@ -151,3 +152,15 @@ def test_an_implementation_that_is_not_to_be_had_here_is_refused_in_one_line(tmp
     cfg = Config(data=CFG.data, train=CFG.train, kernels=KernelsConfig(gather="triton"))
     with pytest.raises(ConfigError, match=r"kernels.gather must be of torch for gather .* here, got 'triton'"):
         settle(cfg, PLAN, ONE, choices(tmp_path))
+
+
+def test_on_a_gpu_layers_are_measured_as_steps_of_the_mode_that_will_run(monkeypatch):
+    made = []
+    monkeypatch.setattr(module, "_steps_of", lambda cfg, plan, ranks, **changed: made.append(changed))
+    monkeypatch.setattr(module.language, "AVAILABLE", True)
+    gpu = Ranks(0, 1, 0, 1, GPU)
+    assert list(module.layer_candidates(CFG, PLAN, gpu, "image_ends")) == ["torch", "triton"]
+    assert made == [{"image_ends": "torch", "mode": "graph"}, {"image_ends": "triton", "mode": "graph"}]
+    synchronised = Config(data=CFG.data, train=CFG.train, distributed=DistributedConfig(sync_batchnorm=True))
+    assert list(module.layer_candidates(synchronised, PLAN, gpu, "batchnorm")) == ["torch"]
+    assert list(module.layer_candidates(CFG, PLAN, ONE, "batchnorm")) == ["torch"]

@@ -87,7 +87,9 @@ def test_a_resumed_run_times_nothing_even_where_the_cache_is_gone(opened, tmp_pa
     for other in (tmp_path / "cache", tmp_path / "elsewhere"):
         again = Watch(torch=0.001, triton=0.002)
         made = opened(again, cache=other)
+        written = (tmp_path / "run/choices.json").stat()
         assert made.pick("batchnorm", "8x8", again.candidates()) == "triton"
+        assert (tmp_path / "run/choices.json").stat() == written
         assert again.idle
         assert made.said == []
         assert made.layout() == {"kernels.batchnorm 8x8": "triton"}
@@ -178,12 +180,16 @@ def test_what_there_is_not_is_a_mistake_in_one_line(opened, tmp_path):
 
 def test_what_is_remembered_can_be_asked_for_without_measuring(opened, tmp_path):
     watch = Watch(torch=0.003, triton=0.002)
-    assert opened(watch).recall("batchnorm", "8x8", ["torch", "triton"]) == ""
+    question = "batchnorm", "8x8", ["torch", "triton"], "nobody knows"
+    first = opened(watch)
+    assert first.recall(*question) == "torch"
+    assert first.lines() == ["batchnorm 8x8: torch (nobody knows)"]
     assert watch.idle
-    opened(watch).pick("batchnorm", "8x8", watch.candidates())
-    made = opened(watch, run=tmp_path / "run2")
-    assert made.recall("batchnorm", "8x8", ["torch", "triton"]) == "triton"
+    opened(watch, run=tmp_path / "run2").pick("batchnorm", "8x8", watch.candidates())
+    made = opened(watch, run=tmp_path / "run3")
+    assert made.recall(*question) == "triton"
     assert made.layout() == {"kernels.batchnorm 8x8": "triton"}
+    assert opened(watch).recall(*question) == "torch", "a run stays with what its first start used"
 
 
 def test_a_cache_that_cannot_be_written_is_told_and_no_obstacle(opened, tmp_path):

@@ -14,6 +14,7 @@ from kernels.normalize import normalize
 from pipeline import assembly
 from pipeline import checkpoint as checkpoints
 from pipeline.checkpoint_writer import Snapshots
+from pipeline.cli import train as command
 from pipeline.config import (
     Config,
     ConfigError,
@@ -28,6 +29,8 @@ from pipeline.step import FastStep, ReferenceStep
 from pipeline.step_compiled import CompiledStep, compile_problem
 from pipeline.step_graph import WARM_UP_STEPS, WARM_UP_STEPS_RANKS, GraphStep
 from tests import test_step
+from tests.numbered import words, write_numbered
+from tests.players import assert_same
 from tests.ranks import run_ranks
 from tests.test_step import N, data, make_step, networks, relative
 
@@ -295,6 +298,16 @@ def test_compiled_ranks_equal_eager_ones():
     run_ranks(compiled_ranks_equal_eager_ones, 2)
 
 
+@needs_compiler
+def test_a_compiled_run_that_was_stopped_goes_on_to_the_same_weights(compiling, tmp_path):
+    images = write_numbered(tmp_path / "images", 6)
+    for run, stops in (("whole", [20]), ("parts", [12, 20])):
+        for stop in stops:
+            torch._dynamo.reset()
+            assert command.main(words(images, tmp_path / run, train__max_images=stop, train__mode="compile")) == 0
+    assert_same(*(checkpoints.load(checkpoints.newest(tmp_path / run)) for run in ("whole", "parts")))
+
+
 @pytest.mark.parametrize(
     ("settings", "found"),
     [
@@ -310,11 +323,11 @@ def test_compiled_ranks_equal_eager_ones():
 )
 def test_a_mode_that_cannot_be_is_refused_in_one_line(settings, found):
     with pytest.raises(ConfigError) as caught:
-        assembly._refuse_mode(settings, CPU)
+        assembly.require_mode(settings, CPU)
     assert str(caught.value) == found
 
 
 def test_compile_without_a_compiler_is_refused_in_one_line(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match=r"train.mode must be another than compile here: no C\+\+ compiler is found"):
-        assembly._refuse_mode(Config(train=TrainConfig(mode="compile")), CPU)
+        assembly.require_mode(Config(train=TrainConfig(mode="compile")), CPU)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import adam_ema, batchnorm_act, gather, language
+from kernels import adam_ema, batchnorm_act, gather, image_ends, language
 from tests.compiled import compiling
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = [f"tests/test_{name}.py" for name in ("batchnorm_act", "adam_ema", "gather")]
+TESTS = [f"tests/test_{name}.py" for name in ("batchnorm_act", "adam_ema", "gather", "image_ends")]
 
 pytestmark = pytest.mark.skipif(not language.AVAILABLE, reason="torch's wheel for the CPU comes without triton")
 
@@ -57,6 +57,20 @@ def test_gather_compiles_for_hopper(tmp_path: Path):
         gather._gather_triton(pixels, rows, rows.bool(), rows, rows, 64, 64, torch.bfloat16)
         gather._gather_triton(pixels, rows, None, None, None, 66, 66, torch.float32)
     assert built == ["_gather_kernel"] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_image_ends_compile_for_hopper(dtype: torch.dtype, tmp_path: Path):
+    p, f = images(2, 3, 64, 64, dtype=dtype), images(2, 64, 32, 32, dtype=dtype)
+    weight = images(64, 3, 4, 4, dtype=torch.float32)
+    with compiling(image_ends, str(tmp_path)) as built:
+        image_ends._down_triton(p, None, weight, True, 0.2)
+        image_ends._down_triton(p, p, weight, False, 0.0)
+        image_ends._up_triton(f, None, weight, True, 0.0)
+        image_ends._up_triton(f, f, weight, False, 0.2)
+        image_ends._weight_triton(p, None, f, f, weight, 0.2)
+        image_ends._weight_triton(p, p, f, None, weight, 0.0)
+    assert built == [*["_down"] * 2, *["_up"] * 2, *["_weight", "_merge_weight"] * 2]
 
 
 def test_without_triton_kernels_can_be_imported_and_say_what_they_miss():

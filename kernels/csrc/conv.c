@@ -61,14 +61,14 @@ static inline void store_block(const float *sums, bf16 *out, size_t stride, int 
         _mm512_storeu_si512(out + i * stride, load_as_bf16(sums + 32 * i));
 }
 
-/* One output pixel, 32 columns: sum over taps of (n, cin) by (cin, 32). */
+/* Images first .. end - 1 of one output pixel, 32 columns: sum over taps of (images, cin) by (cin, 32). */
 static inline void pixel_product(const bf16 *in, const bf16 *panel, bf16 *out, const struct tap *taps, int num_taps,
-                                 int n, int cin, int cout) {
+                                 int first, int end, int n, int cin, int cout) {
     const int kc = cin / 32;
     const size_t row = (size_t)cin * sizeof(bf16);
     float sums[32 * 32] __attribute__((aligned(64)));
-    int m = 0;
-    for (; m + 32 <= n; m += 32) {
+    int m = first;
+    for (; m + 32 <= end; m += 32) {
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
@@ -93,7 +93,7 @@ static inline void pixel_product(const bf16 *in, const bf16 *panel, bf16 *out, c
         _tile_stored(3, sums + 528, 128);
         store_block(sums, out + (size_t)m * cout, cout, 32);
     }
-    if (m < n) { /* sixteen more */
+    if (m < end) { /* sixteen more */
         _tile_zero(0);
         _tile_zero(1);
         for (int t = 0; t < num_taps; t++) {
@@ -113,7 +113,10 @@ static inline void pixel_product(const bf16 *in, const bf16 *panel, bf16 *out, c
     }
 }
 
-/* Columns whose part of the weight stays in the second-level cache beside the activations. */
+/* So many images at a time: those of the pixels around one another stay in the second-level cache. */
+#define IMAGES_AT_ONCE 128
+
+/* Columns, by 32, whose part of the weight stays there beside the activations. */
 static int columns_at_once(int cin, int taps) {
     int blocks = (512 << 10) / (taps * cin * 64);
     return blocks < 1 ? 1 : blocks;
@@ -126,14 +129,16 @@ EXPORT void dcgan_down(const bf16 *large, const bf16 *packed, bf16 *small, int h
 #pragma omp parallel
     {
         tiles_begin();
-#pragma omp for collapse(2) schedule(static)
+#pragma omp for collapse(3) schedule(static)
         for (int g = 0; g < groups; g++)
-            for (int p = 0; p < height * width; p++) {
-                struct tap taps[16];
-                int count = taps_down(taps, p / width, p % width, height, width);
-                for (int b = g * group; b < MIN((g + 1) * group, blocks); b++)
-                    pixel_product(large, packed + b * panel, small + (size_t)p * n * cs + b * 32, taps, count, n, cl, cs);
-            }
+            for (int first = 0; first < n; first += IMAGES_AT_ONCE)
+                for (int p = 0; p < height * width; p++) {
+                    struct tap taps[16];
+                    const int count = taps_down(taps, p / width, p % width, height, width);
+                    for (int b = g * group; b < MIN((g + 1) * group, blocks); b++)
+                        pixel_product(large, packed + b * panel, small + (size_t)p * n * cs + b * 32, taps, count, first,
+                                      MIN(first + IMAGES_AT_ONCE, n), n, cl, cs);
+                }
         _tile_release();
     }
 }
@@ -145,17 +150,18 @@ EXPORT void dcgan_up(const bf16 *small, const bf16 *packed, bf16 *large, int hei
 #pragma omp parallel
     {
         tiles_begin();
-#pragma omp for collapse(2) schedule(static)
+#pragma omp for collapse(3) schedule(static)
         for (int item = 0; item < 4 * groups; item++)
-            for (int p = 0; p < height * width; p++) {
-                struct tap taps[4];
-                int parity = item % 4, g = item / 4;
-                int y = p / width * 2 + (parity >> 1), x = p % width * 2 + (parity & 1);
-                int count = taps_up(taps, y, x, height, width);
-                for (int b = g * group; b < MIN((g + 1) * group, blocks); b++)
-                    pixel_product(small, packed + b * panel, large + ((size_t)y * 2 * width + x) * n * cl + b * 32, taps,
-                                  count, n, cs, cl);
-            }
+            for (int first = 0; first < n; first += IMAGES_AT_ONCE)
+                for (int p = 0; p < height * width; p++) {
+                    struct tap taps[4];
+                    const int parity = item % 4, g = item / 4;
+                    const int y = p / width * 2 + (parity >> 1), x = p % width * 2 + (parity & 1);
+                    const int count = taps_up(taps, y, x, height, width);
+                    for (int b = g * group; b < MIN((g + 1) * group, blocks); b++)
+                        pixel_product(small, packed + b * panel, large + ((size_t)y * 2 * width + x) * n * cl + b * 32,
+                                      taps, count, first, MIN(first + IMAGES_AT_ONCE, n), n, cs, cl);
+                }
         _tile_release();
     }
 }
@@ -174,30 +180,53 @@ EXPORT void dcgan_pack_transposed(const bf16 *x, bf16 *packed, int pixels, int n
         pack_transposed(x + (size_t)p * n * c, packed + (size_t)p * ((n + 31) / 32 * 32) * c, n, c);
 }
 
-/* W (cs, 16, cl) float32 from transposed small and paired large. */
+/* Adds to 32 x 32 sums in tiles: small rows h0 .. h1 - 1, images by 32 from k0 to k1 - 1, under one tap. */
+static inline void grad_block(const bf16 *a, const bf16 *b, size_t a_step, size_t b_step, int tap, int h0, int h1, int k0,
+                              int k1, int ks, int height, int width) {
+    const int kh = tap / 4, kw = tap % 4, w1 = kw == 3 ? width - 1 : width;
+    for (int h = h0; h < h1; h++) {
+        const int y = 2 * h - 1 + kh;
+        if (y < 0 || y >= 2 * height) continue;
+        for (int w = kw == 0; w < w1; w++) {
+            const bf16 *of_small = a + (size_t)(h * width + w) * ks * a_step;
+            const bf16 *of_large = b + (size_t)(y * 2 * width + 2 * w - 1 + kw) * ks * b_step;
+            for (int k = k0; k < k1; k++) {
+                _tile_loadd(4, of_small + k * a_step, 64);
+                _tile_loadd(6, of_large + k * b_step, 64);
+                _tile_loadd(7, of_large + k * b_step + 512, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_loadd(5, of_small + k * a_step + 512, 64);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+    }
+}
+
+/* W (cs, 16, cl) float32 from small as pack_transposed has it and large as pack_pairs has it. */
 EXPORT void dcgan_grad(const bf16 *small_t, const bf16 *large_p, float *grad, int height, int width, int n, int cs, int cl) {
     const int ks = (n + 31) / 32;
     const size_t a_step = (size_t)(cs / 16) * 512, b_step = (size_t)(cl / 16) * 512;
-    /* So many rows of small pixels at once that both operands of 32 columns stay in the second-level cache. */
-    int rows_at_once = (int)((256 << 10) / ((size_t)width * ks * 2048));
-    rows_at_once = rows_at_once < 1 ? 1 : MIN(rows_at_once, height);
-    const int chunks = (height + rows_at_once - 1) / rows_at_once;
-    int a_group = (int)((512 << 10) / ((size_t)rows_at_once * width * ks * 2048));
-    a_group = a_group < 1 ? 1 : MIN(a_group, cs / 32);
-    const int a_groups = (cs / 32 + a_group - 1) / a_group, b_blocks = cl / 32;
+    /* A chunk: some rows of small pixels, or some images of one row, such that 32 columns of small fill 256 KiB at most.
+     * A group: as many columns of small as fill 512 KiB.  Both stay in the second-level cache beside 32 of large. */
+    const int k_at_once = MIN(ks, MAX(1, (256 << 10) / (width * 2048)));
+    const int k_chunks = (ks + k_at_once - 1) / k_at_once;
+    const int rows_at_once = MIN(height, MAX(1, (256 << 10) / (width * k_at_once * 2048)));
+    const int chunks = (height + rows_at_once - 1) / rows_at_once * k_chunks;
+    const int group = MIN(cs / 32, MAX(1, (512 << 10) / (rows_at_once * width * k_at_once * 2048)));
+    const int groups = (cs / 32 + group - 1) / group;
 #pragma omp parallel
     {
         tiles_begin();
 #pragma omp for collapse(2) schedule(static)
-        for (int ag = 0; ag < a_groups; ag++)
-            for (int j = 0; j < b_blocks; j++)
+        for (int g = 0; g < groups; g++)
+            for (int j = 0; j < cl / 32; j++)
                 for (int chunk = 0; chunk < chunks; chunk++)
                     for (int tap = 0; tap < 16; tap++) {
-                        const int kh = tap / 4, kw = tap % 4;
-                        const int h0 = chunk * rows_at_once, h1 = MIN(h0 + rows_at_once, height);
-                        const int w0 = kw == 0, w1 = kw == 3 ? width - 1 : width;
-                        for (int i = ag * a_group; i < MIN((ag + 1) * a_group, cs / 32); i++) {
-                            float *c = grad + ((size_t)i * 32 * 16 + tap) * cl + j * 32;
+                        const int h0 = chunk / k_chunks * rows_at_once, k0 = chunk % k_chunks * k_at_once;
+                        for (int i = g * group; i < MIN((g + 1) * group, cs / 32); i++) {
+                            float *to = grad + ((size_t)i * 32 * 16 + tap) * cl + j * 32;
                             const size_t stride = (size_t)16 * cl * sizeof(float), half = (size_t)16 * 16 * cl;
                             if (chunk == 0) {
                                 _tile_zero(0);
@@ -205,33 +234,17 @@ EXPORT void dcgan_grad(const bf16 *small_t, const bf16 *large_p, float *grad, in
                                 _tile_zero(2);
                                 _tile_zero(3);
                             } else {
-                                _tile_loadd(0, c, stride);
-                                _tile_loadd(1, c + 16, stride);
-                                _tile_loadd(2, c + half, stride);
-                                _tile_loadd(3, c + half + 16, stride);
+                                _tile_loadd(0, to, stride);
+                                _tile_loadd(1, to + 16, stride);
+                                _tile_loadd(2, to + half, stride);
+                                _tile_loadd(3, to + half + 16, stride);
                             }
-                            for (int h = h0; h < h1; h++) {
-                                const int y = 2 * h - 1 + kh;
-                                if (y < 0 || y >= 2 * height) continue;
-                                for (int w = w0; w < w1; w++) {
-                                    const bf16 *a = small_t + ((size_t)(h * width + w) * ks) * a_step + i * 1024;
-                                    const bf16 *b = large_p + ((size_t)(y * 2 * width + 2 * w - 1 + kw) * ks) * b_step + j * 1024;
-                                    for (int k = 0; k < ks; k++) {
-                                        _tile_loadd(4, a + k * a_step, 64);
-                                        _tile_loadd(6, b + k * b_step, 64);
-                                        _tile_loadd(7, b + k * b_step + 512, 64);
-                                        _tile_dpbf16ps(0, 4, 6);
-                                        _tile_dpbf16ps(1, 4, 7);
-                                        _tile_loadd(5, a + k * a_step + 512, 64);
-                                        _tile_dpbf16ps(2, 5, 6);
-                                        _tile_dpbf16ps(3, 5, 7);
-                                    }
-                                }
-                            }
-                            _tile_stored(0, c, stride);
-                            _tile_stored(1, c + 16, stride);
-                            _tile_stored(2, c + half, stride);
-                            _tile_stored(3, c + half + 16, stride);
+                            grad_block(small_t + i * 1024, large_p + j * 1024, a_step, b_step, tap, h0,
+                                       MIN(h0 + rows_at_once, height), k0, MIN(k0 + k_at_once, ks), ks, height, width);
+                            _tile_stored(0, to, stride);
+                            _tile_stored(1, to + 16, stride);
+                            _tile_stored(2, to + half, stride);
+                            _tile_stored(3, to + half + 16, stride);
                         }
                     }
         _tile_release();

@@ -18,6 +18,7 @@ typedef uint16_t bf16; /* bit pattern */
 
 #define EXPORT __attribute__((visibility("default")))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
 
 /* Sixteen bf16 as float32: their bits moved up. */
 static inline __m512 load_bf16(const bf16 *p) {

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from pipeline import distributed, precision
-from pipeline.assembly import Plan, build_step
+from pipeline.assembly import Plan, build_step, require_mode
 from pipeline.cache import cache_kind
 from pipeline.cli.command import Parser, at_least, run
 from pipeline.cli.options import Options, parse
@@ -146,6 +146,8 @@ def _question(args: argparse.Namespace, options: Options) -> Question:
     on_gpus = args.gpus is not None or (args.ranks is None and here.type == "cuda")
     if args.measure and on_gpus and here.type != "cuda":
         raise ConfigError("--measure is of this machine, which has no GPU: give --ranks for CPUs, or --images-per-s")
+    if args.measure:
+        require_mode(cfg, here if on_gpus else torch.device("cpu"))
     ranks = args.gpus or args.ranks or [1]
     if on_gpus and here.type == "cpu":
         arithmetic = "bf16" if cfg.precision == "auto" else cfg.precision
