@@ -53,9 +53,9 @@ def make_plan(cfg: Config, dataset: Dataset, ranks: Ranks) -> Plan:
         ConfigError: this machine cannot do what a setting asks for, or one setting not what another asks for.
     """
     _refuse_what_does_not_go_together(cfg)
+    require_mode(cfg, ranks.device)
     require_backend(cfg.optim.backend, ranks.device)
     distributed.require_compression(cfg.distributed, ranks)
-    require_mode(cfg, ranks.device)
     decoder, why_decoder = choose_decoder(cfg.data)
     cache, why_cache = cache_kind(cfg.data, dataset, ranks.device, decoder=decoder)
     arithmetic = precision.resolve(cfg.precision, ranks.device)
