@@ -59,7 +59,7 @@ MISTAKES = [
     (["--config", "quickstart"], ["--config names no file", "configs/quickstart.yaml?"]),
     (["--config", str(ROOT / "configs/celeba.yaml")], ["configs/celeba64.yaml?"]),
     (["--dry_run"], ["--dry_run is no option", "--dry-run?"]),
-    (["--gpus", "8"], ["--gpus is no option", "torchrun --nproc_per_node=N"]),
+    (["--gpus", "8"], ["--gpus is no option", "torchrun --standalone --nproc_per_node=N"]),
     (["--device", "cuda"], ["--device is no option", "a GPU is taken where torch finds one"]),
     (["--niter=5"], ["--niter=5 is no option", "train.num_epochs?"]),
     (["train.batch_size=8"], ["belongs to no option", "--train.batch_size=8?"]),

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import re
 import warnings
+from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 _CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 _FLAGS = ("config", "dry-run", "help", "print_config")
-_RANKS = "; the number of ranks is torchrun's: torchrun --nproc_per_node=N launch/train.py ..."
+_RANKS = "; the number of ranks is torchrun's: torchrun --standalone --nproc_per_node=N launch/train.py ..."
 _DEVICE = "; a GPU is taken where torch finds one, else the CPU"
 _ELSEWHERE = {"gpus": _RANKS, "ngpu": _RANKS, "num_gpus": _RANKS, "nproc_per_node": _RANKS, "nproc": _RANKS}
 _ELSEWHERE |= {"device": _DEVICE, "cuda": _DEVICE, "cpu": _DEVICE}
@@ -82,7 +83,8 @@ def _parser() -> ArgumentParser:
         prog="train.py",
         usage="train.py [--config FILE] [--section.key VALUE ...] [--dry-run] [--print_config]",
         description="Train a DCGAN on photographs.  The same command again resumes.  Under torchrun: many ranks.",
-        epilog="Most used: --data.dataroot, --run.dir, --train.num_epochs, --train.batch_size, --data.image_size.",
+        epilog="Most used: --data.dataroot, --run.dir, --train.num_epochs, --train.batch_size, --data.image_size.  "
+        "Exit code: 0 done, 2 settings, 65 data, 74 input or output, 75 stopped and saved, 76 diverged (docs/faults.md).",
         parser_mode="yaml_strict",
         exit_on_error=False,
         allow_abbrev=False,
@@ -91,6 +93,12 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="A YAML file of settings; options after it override it.")
     parser.add_argument("--dry-run", action="store_true", help="Print what would run, and end.")
     parser.add_class_arguments(Config, None)
+    sections = {key.partition(".")[0] for key in known_keys() if "." in key}
+    for action in parser._actions:
+        if action.dest in sections:  # jsonargparse lets a section be a file of its own; a run has one file
+            action.help = SUPPRESS
+        if action.dest == "print_config":
+            action.help = "Print the settings as they come to, as YAML, and end."
     return parser
 
 
