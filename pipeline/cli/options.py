@@ -84,7 +84,7 @@ def _parser() -> ArgumentParser:
         usage="train.py [--config FILE] [--section.key VALUE ...] [--dry-run] [--print_config]",
         description="Train a DCGAN on photographs.  The same command again resumes.  Under torchrun: many ranks.",
         epilog="Most used: --data.dataroot, --run.dir, --train.num_epochs, --train.batch_size, --data.image_size.  "
-        "Exit code: 0 done, 2 settings, 65 data, 74 input or output, 75 stopped and saved, 76 diverged (docs/faults.md).",
+        "Exit code 0 done, 2 settings, 65 data, 74 input or output, 75 saved and stopped, 76 diverged: docs/faults.md.",
         parser_mode="yaml_strict",
         exit_on_error=False,
         allow_abbrev=False,

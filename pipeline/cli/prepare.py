@@ -60,9 +60,7 @@ def _parser() -> Parser:
     index.set_defaults(body=_index)
 
     packing = command("pack", "Put the good images of any dataset into one stored zip, which training reads in place.")
-    packing.add_argument(
-        "folder", metavar="FOLDER", help="the photographs: a folder, .zip, tar shards, Parquet or LMDB"
-    )
+    packing.add_argument("folder", metavar="FOLDER", help="photographs: a folder, .zip, tar shards, Parquet or LMDB")
     packing.add_argument("out", type=Path, metavar="OUT.zip", help="file to write")
     packing.add_argument("--force", action="store_true", help="replace OUT.zip where it is there already")
     packing.set_defaults(body=_pack)
