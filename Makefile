@@ -38,7 +38,9 @@ endif
 
 help:
 	@echo "make train [DATA=path] [NPROC=n] [ARGS='--train.num_epochs 10']"
-	@echo "                   train; without DATA on cartoon faces that are drawn first; the same command again resumes"
+	@echo "                   train; without DATA on cartoon faces that are drawn first; the same command again resumes."
+	@echo "                   DATA is a folder or .zip of photographs (more: docs/data.md), NPROC the number of ranks, ARGS"
+	@echo "                   any of the trainer's settings: .venv/bin/python launch/train.py --help"
 	@echo "make doctor        can this machine train, and if not, what is wrong"
 	@echo "make test          the test suite"
 	@echo "make test-faults   runs that are killed, stopped, starved and misled, for minutes"
@@ -51,7 +53,9 @@ help:
 	@echo "make test-system   tests that need root or Debian packages (chromium, slurm-wlm, munge, iproute2, debootstrap)"
 	@echo "make lint          ruff and mypy"
 	@echo "make bench         data, kernels, step and training, measured; adds lines to benchmarks/results/"
+	@echo "make format        ruff mends what it can"
 	@echo "make clean         remove the virtual environment and tool caches; runs and data stay"
+	@echo "All of them make .venv when it is missing. 'make VENV= ...' takes the python3 that is there instead."
 
 $(VENV)/.ready: setup.py
 	$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0])'

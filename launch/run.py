@@ -4,7 +4,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pipeline.signals import heed_as_first_process
+from pipeline.interpreter import require_packages
+
+require_packages()
+from pipeline.signals import heed_as_first_process  # noqa: E402
 
 heed_as_first_process()
 

@@ -4,7 +4,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pipeline.cli.sample import main
+from pipeline.interpreter import require_packages
+
+require_packages()
+from pipeline.cli.sample import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,7 +6,10 @@ from pathlib import Path
 # torchrun puts launch/ on the path, not the clone, and `kernels` is also a package of another vendor.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.signals import heed_as_first_process
+from pipeline.interpreter import require_packages
+
+require_packages()
+from pipeline.signals import heed_as_first_process  # noqa: E402
 
 heed_as_first_process()
 

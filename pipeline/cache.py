@@ -101,18 +101,18 @@ def cache_kind(
     folder = cache_folder(cfg)
     needed = len(dataset) * math.prod(window_shape(cfg))
     path = cache_file(folder, cfg, dataset.index.fingerprint, decoder, device)
-    size = f"{len(dataset):,} decoded images take {_gib(needed)}"
+    size = f"{len(dataset):,} decoded images take {_size(needed)}"
     disk, memory = _free_disk(folder), _available_memory()
     if not path.exists() and needed + _SPARE_DISK > disk:
-        return "none", f"{size}; of {_gib(disk)} free in {folder}, {_gib(_SPARE_DISK)} shall stay so."
+        return "none", f"{size}; of {_size(disk)} free in {folder}, {_size(_SPARE_DISK)} shall stay so."
     if needed > memory * _SHARE_OF_MEMORY:
-        return "none", f"{size}; that is more than half of the {_gib(memory)} of memory that are available."
+        return "none", f"{size}; that is more than half of the {_size(memory)} of memory that are available."
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         if needed <= free * _SHARE_OF_MEMORY:
-            return "device", f"{size}; {_gib(free)} are free on the GPU."
-        return "host", f"{size}; that is more than half of the {_gib(free)} that are free on the GPU."
-    return "host", f"{size}; {_gib(disk)} are free in {folder}, {_gib(memory)} of memory are available."
+            return "device", f"{size}; {_size(free)} are free on the GPU."
+        return "host", f"{size}; that is more than half of the {_size(free)} that are free on the GPU."
+    return "host", f"{size}; {_size(disk)} are free in {folder}, {_size(memory)} of memory are available."
 
 
 def machine() -> str:
@@ -336,7 +336,7 @@ def _reserve(partial: Path, num_bytes: int) -> None:
             else:
                 os.posix_fallocate(file.fileno(), 0, num_bytes)
         except OSError as error:
-            found = f"decoded images take {_gib(num_bytes)}, {_gib(free)} are free ({error.strerror})"
+            found = f"decoded images take {_size(num_bytes)}, {_size(free)} are free ({error.strerror})"
             remedy = "make room, set data.cache_dir to another folder, or set data.cache to none"
             raise StorageError(f"{shown(partial.parent)}: {found}; {remedy}") from error
 
@@ -392,5 +392,5 @@ def _free_disk(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB"
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

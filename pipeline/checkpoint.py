@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pipeline.config import Config, ConfigError, from_dict
 from pipeline.errors import StorageError
+from pipeline.files import where_it_may_be
 from pipeline.models import Generator
 from pipeline.players import Players
 
@@ -330,10 +331,11 @@ def find(path: Path, say: Callable[[str], None] = print) -> Checkpoint:
     if (path / "manifest.json").exists():
         return verify(path)
     if not path.is_dir():
-        raise StorageError(f"{path}: no such run or checkpoint folder")
+        raise StorageError(f"{path}: no such run or checkpoint folder{where_it_may_be(path)}")
     checkpoint = newest(path, say)
     if checkpoint is None:
-        raise StorageError(f"{path} holds no checkpoint that can be read")
+        why = "" if (path / "checkpoints").is_dir() else ": it is no run's folder, or its run has saved nothing yet"
+        raise StorageError(f"{path} holds no checkpoint that can be read{why}")
     return checkpoint
 
 

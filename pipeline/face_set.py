@@ -97,13 +97,23 @@ def _holds(folder: Path, recipe: dict[str, object]) -> bool:
     try:
         found = json.loads((folder / RECIPE_FILE).read_text())
     except ValueError:
-        found = "an unreadable " + RECIPE_FILE
+        found = None
     if found != recipe:
-        raise ConfigError(f"{folder}: holds another set of faces; wanted {recipe}, found {found}")
+        is_there = _in_words(found) if isinstance(found, dict) else f"an unreadable {RECIPE_FILE}"
+        raise ConfigError(
+            f"{folder}: holds another set of faces ({is_there}) than was asked for ({_in_words(recipe)}); "
+            "name another folder, or remove this one"
+        )
     missing = [name for name in map(_file_name, range(int(str(recipe["count"])))) if name not in names]
     if missing:
         raise ConfigError(f"{folder}: {len(missing)} faces are missing, the first is {missing[0]}; remove the folder")
     return True
+
+
+def _in_words(recipe: dict[str, object]) -> str:
+    low_to_high = recipe.get("quality")
+    drawing = f"quality {low_to_high}, drawing {recipe.get('version')}"
+    return f"{recipe.get('count')} faces of seed {recipe.get('seed')}, {drawing}"
 
 
 def _file_name(number: int) -> str:

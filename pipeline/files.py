@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 import shutil
@@ -11,6 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StorageError
+
+
+def where_it_may_be(path: Path) -> str:
+    """What to add where a user's path leads to nothing: the nearest name beside it, or from where it was looked for."""
+    with contextlib.suppress(OSError):
+        names = [each.name for each in path.parent.iterdir()]
+        if near := difflib.get_close_matches(path.name, names, n=1, cutoff=0.7):
+            return f"; did you mean {path.parent / near[0]}?"
+    return "" if path.is_absolute() else f" in {Path.cwd()}"
 
 
 @contextlib.contextmanager

@@ -123,10 +123,11 @@ def check_identity(cfg: Config, fingerprint: str, found: Checkpoint, say: Callab
             )
         if cfg.run.force:
             say(f"run.force: {message}")
-        elif key == "dataset":
-            raise OtherDataError(f"{message}; another run.dir begins a new run, --run.force true goes on all the same")
-        else:
-            raise ConfigError(f"{message}; another run.dir begins a new run, --run.force true goes on all the same")
+            continue
+        message += "; another run.dir begins a new run"
+        if key in ("dataset", "run.seed"):  # networks of another shape cannot be loaded, forced or not
+            message += ", --run.force true goes on all the same"
+        raise OtherDataError(message) if key == "dataset" else ConfigError(message)
 
 
 def differences(cfg: Config, layout_now: dict[str, Any], found: Checkpoint) -> Iterator[str]:

@@ -27,6 +27,7 @@ import numpy as np
 
 from pipeline.config import ConfigError
 from pipeline.errors import DataError
+from pipeline.files import where_it_may_be
 
 IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png"}) | frozenset(
     {".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl"}
@@ -97,7 +98,7 @@ def require_named(dataroot: str) -> None:
         ConfigError: dataroot is empty.
     """
     if not dataroot:
-        raise ConfigError(f"data.dataroot must name the photographs, got ''; {ADVICE}")
+        raise ConfigError(f"data.dataroot must name the photographs (--data.dataroot PATH), got ''; {ADVICE}")
 
 
 def open_source(dataroot: str) -> Source:
@@ -300,7 +301,7 @@ def _open_folder(path: Path) -> Source:
         if shards:
             return _open_shards(path, shards)
     zips = sorted(p.name for p in path.iterdir() if p.suffix.lower() == ".zip")
-    hint = f"; to read the zip in it, name {shown(path / zips[0])}" if zips else ""
+    hint = f"; to read the zip in it, name {shown(path / zips[0])}" if zips else " (JPEG or PNG)"
     raise DataError(f"{shown(path)}: holds no image files{hint}")
 
 
@@ -327,7 +328,7 @@ def _compressed(path: Path) -> DataError:
 def _matching(pattern: Path) -> list[Path]:
     """The tar or Parquet shards that a pattern names, sorted."""
     if not glob.has_magic(str(pattern)):
-        raise DataError(f"{shown(pattern)}: does not exist")
+        raise DataError(f"{shown(pattern)}: does not exist{shown(where_it_may_be(pattern))}")
     names = sorted(glob.glob(str(pattern), recursive=True))  # noqa: PTH207 (absolute ones too)
     shards = [Path(name) for name in names]
     if not shards:

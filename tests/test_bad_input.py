@@ -159,6 +159,8 @@ def test_a_run_refuses_other_settings_and_other_data(tmp_path, faces, capsys):
         assert said.count("\n") == 1
         assert option[2:] in said
         assert "images-000000008" in said
+        # Networks of another shape cannot be loaded, forced or not.
+        assert ("--run.force true goes on" in said) == (option == "--run.seed")
     assert (tmp_path / "run/status.json").read_text() == status
 
     other = tmp_path / "other"

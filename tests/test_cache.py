@@ -326,7 +326,7 @@ def test_auto_chooses_by_what_is_free(cfg: DataConfig, dataset: Dataset, monkeyp
 
     chosen, reason = kind(10, 8)
     assert chosen == "host"
-    assert reason.startswith("300 decoded images take 0.0 GiB; 10.0 GiB are free in ")
+    assert reason.startswith("300 decoded images take 0.3 MiB; 10.0 GiB are free in ")
     assert kind(0.5, 8)[0] == "none"
     assert kind(10, 0.0002)[0] == "none"
 

@@ -280,7 +280,7 @@ def test_a_disk_that_refuses_leaves_nothing_and_keeps_the_former_export(tmp_path
         (["{run}", "--format", "torch", "--checkpoint", "best"], 74, "has marked no checkpoint as its best"),
         (["{run}", "--format", "torch", "--checkpoint", "{none}"], 74, "no such run or checkpoint folder"),
         (["{run}", "--format", "onxx"], 2, "must be safetensors, torch, onnx or all, got 'onxx'; did you mean onnx?"),
-        (["{run}"], 2, "the following arguments are required: --format"),
+        (["{run}"], 2, "the following arguments are required: --format (safetensors, "),
         (["{run}", "--format", "torch", "--output", "int8"], 2, "invalid choice: 'int8'"),
         (["{nan}", "--format", "torch"], 76, "the generator's weights are not finite"),
     ],

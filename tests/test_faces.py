@@ -156,6 +156,7 @@ def test_a_set_of_another_recipe_is_refused(tmp_path: Path, other: dict[str, obj
     with pytest.raises(ConfigError, match=r"set: holds another set of faces") as error:
         write_faces(tmp_path / "set", **(recipe | other))
     assert "\n" not in str(error.value)
+    assert "(3 faces of seed 0, quality [80, 95]" in str(error.value)
 
 
 def test_a_set_of_an_older_drawing_is_refused(tmp_path: Path) -> None:

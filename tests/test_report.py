@@ -241,7 +241,7 @@ def test_the_command_prints_the_path_or_one_line(tmp_path: Path, capfd) -> None:
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "status.json").write_text("{")
     for arguments, code, says in (
-        ([], 2, "the following arguments are required: RUN"),
+        ([], 2, "the following arguments are required: RUN (folder of a run, "),
         ([str(run), "--out", "page.html"], 2, "--out goes with several runs"),
         ([str(tmp_path / "missing")], 74, "found nothing"),
         ([str(tmp_path / "empty")], 74, "holds no run"),

@@ -262,6 +262,15 @@ def test_a_wrong_command_line_is_one_line_and_2_before_anything_starts(capfd, mo
     assert named in said
 
 
+def test_it_refuses_to_be_started_by_the_torchrun_that_it_would_start_itself(capfd, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert run.main(["--standalone", "launch/train.py", "--data.dataroot", "faces"]) == 2
+    assert (
+        capfd.readouterr().err
+        == "run.py: error: run.py starts torchrun itself, got one around it; start it with python\n"
+    )
+
+
 def test_help_is_the_wrappers_alone_and_the_trainers_after_its_script(capsys):
     assert run.main(["--help"]) == 0
     assert "DCGAN_GRACE_S" in capsys.readouterr().out
@@ -341,8 +350,8 @@ def test_the_exit_code_follows_from_what_the_workers_said(said, torchrun, status
 @pytest.mark.parametrize(
     ("code", "said", "torchrun", "reason"),
     [
-        (1, [], 1, "torchrun ended with 1 and no worker had started"),
-        (1, [], -9, "torchrun ended by SIGKILL and no worker had started"),
+        (1, [], 1, "torchrun ended with 1 before any worker had started; what it said itself stands above"),
+        (1, [], -9, "torchrun ended by SIGKILL before any worker had started; what it said itself stands above"),
         (1, [FINISHED], 1, "torchrun ended with 1"),
         (1, [RUNNING, FINISHED], 1, "rank 0 was killed"),
         (1, [RUNNING, RUNNING], 1, "ranks 0, 1 were killed"),

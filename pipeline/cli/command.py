@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Callable
@@ -22,7 +23,22 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=name, description=description, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+        raise ConfigError(message + self._hint(message))
+
+    def _hint(self, message: str) -> str:
+        """The option that an unknown one is like, or what a missing argument is."""
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        if unknown.startswith("--"):
+            options = [name for action in self._actions for name in action.option_strings]
+            near = difflib.get_close_matches(unknown.split()[0].split("=")[0], options, n=1, cutoff=0.6)
+            return f"; did you mean {near[0]}?" if near else ""
+        _, _, missing = message.partition("arguments are required: ")
+        for action in self._actions if missing else ():
+            name = action.option_strings[0] if action.option_strings else action.metavar
+            if name == missing:
+                choices = f"one of {', '.join(action.choices)}" if action.choices else ""
+                return f" ({action.help or choices})"
+        return ""
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -54,7 +70,9 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises depends on its build
-        raise ConfigError(f"--device must be a device of this machine, got {name!r}") from error
+        found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        rule = f"--device must be a device of this machine, got {name!r}; torch finds {', '.join(found)}"
+        raise ConfigError(rule) from error
     if device.type == "meta":
         raise ConfigError("--device must be a device of this machine, got 'meta'")
     return device

@@ -59,22 +59,22 @@ def _parser() -> Parser:
     index.add_argument("--cache_dir", default="", help="as data.cache_dir")
     index.set_defaults(body=_index)
 
-    packing = command("pack", "Put the good images of a folder into one stored zip, which training reads in place.")
-    packing.add_argument("folder", metavar="FOLDER", help="or a zip, tar, Parquet or LMDB")
-    packing.add_argument("out", type=Path, metavar="OUT.zip")
-    packing.add_argument("--force", action="store_true", help="replace OUT.zip")
+    packing = command("pack", "Put the good images of any dataset into one stored zip, which training reads in place.")
+    packing.add_argument("folder", metavar="FOLDER", help="photographs: a folder, .zip, tar shards, Parquet or LMDB")
+    packing.add_argument("out", type=Path, metavar="OUT.zip", help="file to write")
+    packing.add_argument("--force", action="store_true", help="replace OUT.zip where it is there already")
     packing.set_defaults(body=_pack)
 
     export = command("torchvision", "Export a torchvision dataset to a stored zip.")
     export.add_argument("name", metavar="NAME", help="CelebA, CIFAR10, MNIST, ...; a wrong one lists them all")
-    export.add_argument("out", type=Path, metavar="OUT.zip")
+    export.add_argument("out", type=Path, metavar="OUT.zip", help="file to write")
     export.add_argument(
         "--root", type=Path, default=Path("data"), help="where torchvision downloads to (default: data)"
     )
     export.add_argument("--split", help="train, test, ... or all (default: all of CelebA, train of others)")
     export.add_argument("--count", type=at_least(0), default=0, help="only the first so many of each split; 0: all")
     export.add_argument("--download", action=argparse.BooleanOptionalAction, default=True, help="fetch what is missing")
-    export.add_argument("--force", action="store_true", help="replace OUT.zip")
+    export.add_argument("--force", action="store_true", help="replace OUT.zip where it is there already")
     export.set_defaults(body=_torchvision)
     return parser
 

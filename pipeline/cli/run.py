@@ -74,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(argv: Sequence[str]) -> int:
     torchrun_options, trainer = split(argv)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ConfigError(f"{NAME} starts torchrun itself, got one around it; start it with python")
     folder = parse(trainer[1:]).run_folder  # --help and --print_config end here
     grace_s = read_grace_s(os.environ)
     if sys.platform != "linux":
@@ -129,7 +131,8 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     for i, argument in enumerate(argv):
         if not argument.startswith("-") and Path(argument).name == SCRIPT:
             return list(argv[:i]), list(argv[i:])
-    raise ConfigError(f"the trainer's script must follow torchrun's options, as launch/{SCRIPT}, got none")
+    other = next((a for a in argv if a.endswith(".py") and not a.startswith("-")), "none")
+    raise ConfigError(f"launch/{SCRIPT} and its options must follow torchrun's options, got {other}")
 
 
 def torchrun_command(options: Sequence[str], trainer: Sequence[str], environment: Mapping[str, str]) -> list[str]:
@@ -241,7 +244,8 @@ def explain(
         reasons = [str(status["reason"])]
     if not reasons and code != PREEMPTED:
         how = f"with {torchrun_code}" if torchrun_code >= 0 else f"by {signal.Signals(-torchrun_code).name}"
-        reasons = [killed_because or f"torchrun ended {how}{'' if outcomes else ' and no worker had started'}"]
+        before = "" if outcomes else " before any worker had started; what it said itself stands above"
+        reasons = [killed_because or f"torchrun ended {how}{before}"]
     return " ".join("; ".join(reasons).split())
 
 
