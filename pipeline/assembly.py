@@ -96,6 +96,8 @@ def require_mode(cfg: Config, device: torch.device) -> None:
     mode = cfg.train.mode
     if mode == "graph" and device.type != "cuda":
         raise ConfigError("train.mode must be auto, eager, reference or compile on a CPU, got 'graph'")
+    if mode == "graph" and cfg.optim.backend != "torch":
+        raise ConfigError(f"optim.backend must be torch with train.mode graph, got {cfg.optim.backend!r}")
     if mode == "compile" and compile_problem(device):
         raise ConfigError(f"train.mode must be another than compile here: {compile_problem(device)}")
     if mode in ("compile", "graph") and cfg.distributed.sync_batchnorm:

@@ -76,15 +76,15 @@ def settle_mode(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices, key: st
     nothing is, since compiling takes longer than a small run; what a benchmark has found there before counts.
     """
     arranged = {"train.micro_batch": cfg.train.micro_batch, "distributed.overlap_g": cfg.distributed.overlap_g}
-    for key, value in arranged.items():
+    for setting, value in arranged.items():
         if value:
-            return "eager", f"{key} goes with no other."
+            return "eager", f"{setting} goes with no other."
     names = ["eager"]
     if not cfg.distributed.sync_batchnorm:
-        if ranks.device.type == "cuda":
+        if ranks.device.type == "cuda" and cfg.optim.backend == "torch":
             names.append("graph")
         can_compile = plan.networks == "torch" and not compile_problem(ranks.device)
-        if can_compile and (plan.total_images >= COMPILE_PAYS_IMAGES or names == ["eager"]):
+        if can_compile and (plan.total_images >= COMPILE_PAYS_IMAGES or ranks.device.type != "cuda"):
             names.append("compile")
     if ranks.device.type != "cuda":
         mode = choices.recall("mode", key, names, "on a CPU, where no other is known to be faster")

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
 
+from kernels import native
 from pipeline import augment
 from pipeline import candidates as module
 from pipeline.assembly import Plan
 from pipeline.candidates import gathers, settle, settle_mode
 from pipeline.choices import Choices
 from pipeline.cli import train as command
-from pipeline.config import Config, ConfigError, DataConfig, DistributedConfig, KernelsConfig, ModelConfig, TrainConfig
+from pipeline.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    DistributedConfig,
+    KernelsConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from pipeline.distributed import Ranks
 from pipeline.feed import can_normalise
 from tests.commands import status_of
 from tests.numbered import words, write_numbered
+from tests.numerics import load_native
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ONE = Ranks(0, 1, 0, 1, CPU)
@@ -73,7 +85,7 @@ def test_on_a_gpu_all_modes_are_measured_that_can_pay(tmp_path, monkeypatch, ima
 
     class Measuring:
         def pick(self, operation, key, candidates, override="auto"):
-            asked.update({operation: list(candidates)})
+            asked.update({f"{operation} {key}": list(candidates)})
             return "graph"
 
         def why(self, operation, key):
@@ -82,7 +94,29 @@ def test_on_a_gpu_all_modes_are_measured_that_can_pay(tmp_path, monkeypatch, ima
     plan = Plan("pillow", "device", "bf16", "eager", (), 10, images)
     found = settle_mode(CFG, plan, Ranks(0, 1, 0, 1, GPU), Measuring(), "key")
     assert found == ("graph", "graph 1 ms, eager 2 ms.")
-    assert asked == {"mode": names}
+    assert asked == {"mode key": names}
+
+
+def test_what_a_graph_cannot_record_is_not_tried(tmp_path, monkeypatch):
+    plan, ranks = Plan("pillow", "device", "bf16", "eager", (), 10, 1000), Ranks(0, 1, 0, 1, GPU)
+    parts = dataclasses.replace(CFG, train=dataclasses.replace(CFG.train, micro_batch=2))
+    assert settle_mode(parts, plan, ranks, choices(tmp_path), "key") == (
+        "eager",
+        "train.micro_batch goes with no other.",
+    )
+    late = dataclasses.replace(CFG, distributed=DistributedConfig(overlap_g=True))
+    assert settle_mode(late, plan, ranks, choices(tmp_path), "key")[0] == "eager"
+    apex = dataclasses.replace(CFG, optim=OptimConfig(backend="apex"))
+    tried: list[str] = []
+
+    class Measuring(Choices):
+        def pick(self, operation, key, candidates, override="auto"):
+            tried.extend(candidates)
+            return "eager"
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    settle_mode(apex, plan, ranks, Measuring(CPU, machine={"device": "cpu"}), "key")
+    assert tried == ["eager"]
 
 
 def test_what_is_measured_is_a_step_of_the_mode(monkeypatch):
@@ -97,7 +131,8 @@ def test_what_is_measured_is_a_step_of_the_mode(monkeypatch):
     assert (seen, batch_size) == (4, 4)
 
 
-def test_a_feed_normalises_only_on_a_gpu_from_its_memory_without_colours():
+def test_a_feed_normalises_only_on_a_gpu_from_its_memory_without_colours(monkeypatch):
+    monkeypatch.setattr(native, "_library", None)
     fits = {"cache": "device", "channels_last": True}
     assert can_normalise(DataConfig(flip=True, crop_margin=3), GPU, **fits)
     assert not can_normalise(DataConfig(hue=3.0), GPU, **fits)
@@ -105,6 +140,19 @@ def test_a_feed_normalises_only_on_a_gpu_from_its_memory_without_colours():
     assert not can_normalise(DataConfig(), GPU, cache="host", channels_last=True)
     assert not can_normalise(DataConfig(), GPU, cache="device", channels_last=False)
     assert list(gathers(CFG, PLAN, CPU, 4)) == ["torch"]
+
+
+def test_on_a_cpu_it_normalises_from_the_hosts_cache_by_the_c_kernels(monkeypatch):
+    load_native()
+    assert can_normalise(DataConfig(flip=True, crop_margin=3), CPU, cache="host", channels_last=True)
+    assert not can_normalise(DataConfig(), CPU, cache="none", channels_last=True)
+    assert not can_normalise(DataConfig(hue=3.0), CPU, cache="host", channels_last=True)
+    from_host = dataclasses.replace(PLAN, cache="host")
+    ways = gathers(CFG, from_host, CPU, 4)
+    assert list(ways) == ["torch", "native"]
+    monkeypatch.setattr(module, "_IMAGES_TO_GATHER_FROM", 16)
+    for way in ways.values():
+        way()
 
 
 @pytest.mark.parametrize(

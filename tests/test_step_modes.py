@@ -327,6 +327,12 @@ def test_a_mode_that_cannot_be_is_refused_in_one_line(settings, found):
     assert str(caught.value) == found
 
 
+def test_a_graph_of_another_adam_is_refused_in_one_line():
+    cfg = Config(train=TrainConfig(mode="graph"), optim=OptimConfig(backend="apex"))
+    with pytest.raises(ConfigError, match=r"optim\.backend must be torch with train\.mode graph, got 'apex'"):
+        assembly.require_mode(cfg, torch.device("cuda", 0))
+
+
 def test_compile_without_a_compiler_is_refused_in_one_line(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match=r"train.mode must be another than compile here: no C\+\+ compiler is found"):
