@@ -46,7 +46,12 @@ def plan_of(cfg: Config, dataset: Dataset, ranks: Ranks) -> Plan:
 
 def implementations(plan: Plan) -> dict[str, str]:
     """Of the operations that have several, for a result line."""
-    return {"networks": plan.networks, "batchnorm": plan.batchnorm, "gather": plan.gather}
+    return {
+        "networks": plan.networks,
+        "batchnorm": plan.batchnorm,
+        "image_ends": plan.image_ends,
+        "gather": plan.gather,
+    }
 
 
 class Arm(Protocol):

@@ -100,9 +100,10 @@ def measure(args: argparse.Namespace, recorder: Recorder) -> None:
             rates[side].append(found)
             told = ", ".join(f"{name} {rate:,.1f}" for name, rate in found.items())
             say(f"repeat {repeat + 1}/{args.repeats}  {side}  images/s: {told}")
-    common = [name for name in rates[TREE][0] if name in rates[BASE][0]]
-    for name in rates[TREE][0].keys() ^ rates[BASE][0].keys():
-        say(f"only one of both has {name}")
+    every = [each for side in rates.values() for each in side]
+    common = [name for name in rates[TREE][0] if all(name in each for each in every)]
+    for name in set().union(*every) - set(common):
+        say(f"{name} is left out: some run has it not")
     if not common:
         raise UserError(f"benchmarks.{args.benchmark[0]} has no variant in both commits")
     for name in common:

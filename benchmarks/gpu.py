@@ -8,7 +8,8 @@ The parts, most telling first, each a program of its own as one may run it by ha
     data          decoding by DALI and Pillow, the host's and the GPU's cache.
     tune          the search for DALI's settings.
     compiled      training beside the plain loop under torch.compile, in what time is left.
-A part has seconds of its own.  One that is over its time is ended, with what it had recorded until then; one for which
+A part has seconds of its own.  One that is over its time is ended, with what it had recorded until then (step and
+kernels record as they go, the others at their end); one for which
 too little is left of --minutes is not begun; one that fails does not take the others with it.  Each of these is printed
 and stands in the file as the part's `state`: done, out of time, skipped, failed.
 The file: `parts`, each with name, state, seconds, command, and `rows` as in benchmarks/results/, beside what the whole

@@ -34,7 +34,7 @@ from benchmarks import harness, roofline
 from benchmarks.arms import implementations, plan_of
 from benchmarks.harness import Recorder, say
 from benchmarks.plain_loop import CHANNELS, PlainLoop
-from pipeline import precision
+from pipeline import precision, step_graph
 from pipeline.assembly import Plan, build_step, make_plan
 from pipeline.cli import command
 from pipeline.cli.options import parse
@@ -45,6 +45,7 @@ from pipeline.feed import open_feed
 from pipeline.index import Dataset, open_dataset
 from pipeline.order import Slice
 from pipeline.philox import Stream
+from pipeline.precision import Precision
 from pipeline.sampling import latents
 from pipeline.sizes import networks_of
 
@@ -52,7 +53,8 @@ TUTORIAL = "tutorial"
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 NUM_BATCHES = 4
 """That are used in turn: of a single one D would soon know every image."""
-WARM_UP_STEPS = 3
+WARM_UP_STEPS = step_graph.WARM_UP_STEPS + 2
+"""A graph is recorded in the step after its own warm-up."""
 
 Batches = list[tuple[Tensor, Tensor]]
 """Images (N, H, W, C) uint8 and latents (N, nz), on the device."""
@@ -133,6 +135,11 @@ def with_step(cfg: Config, *, batch: int, mode: str = "auto", arithmetic: str = 
     return dataclasses.replace(cfg, train=train, data=data, precision=arithmetic)  # type: ignore[arg-type]
 
 
+def tutorials_precision(device: torch.device) -> Precision:
+    """What the plain loop's convolutions compute in, as PyTorch is set by default."""
+    return "tf32" if device.type == "cuda" else "fp32"
+
+
 def measure_batch(
     args: argparse.Namespace, cfg: Config, dataset: Dataset, ranks: Ranks, rates: dict[str, float], recorder: Recorder
 ) -> None:
@@ -140,7 +147,7 @@ def measure_batch(
     batch, device = cfg.train.batch_size, ranks.device
     batches = batches_of(cfg, dataset, make_plan(cfg, dataset, ranks), device)
     arms: dict[str, Callable[[int], float]] = {TUTORIAL: TutorialStep(cfg, device, batches).run}
-    facts: dict[str, dict[str, Any]] = {TUTORIAL: {"mode": TUTORIAL, "precision": "fp32"}}
+    facts: dict[str, dict[str, Any]] = {TUTORIAL: {"mode": TUTORIAL, "precision": tutorials_precision(device)}}
     for mode, arithmetic, networks in itertools.product(args.modes or modes(), args.precisions, args.networks):
         name = f"{mode}-{arithmetic}" + (f"-{networks}" if len(args.networks) > 1 else "")
         own = with_step(cfg, batch=batch, mode=mode, arithmetic=arithmetic)
@@ -197,7 +204,7 @@ def measure(args: argparse.Namespace, cfg: Config, recorder: Recorder) -> None:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(num_threads(cfg.distributed, 1))
         dataset = open_dataset(cfg.data)
-        rates = {each: roofline.gemm_rate(each, device) for each in {"fp32", *args.precisions}}
+        rates = {each: roofline.gemm_rate(each, device) for each in {tutorials_precision(device), *args.precisions}}
         for batch in args.batches:
             measure_batch(args, with_step(cfg, batch=batch), dataset, ranks, rates, recorder)
             gc.collect()

@@ -178,8 +178,8 @@ def gather(
 ) -> Tensor:
     """A batch in [-1, 1] out of decoded images.
 
-    Nothing waits for the device, so nobody looks whether rows and offsets lie within the images: on a GPU others read
-    foreign memory.
+    Nothing waits for the device, so nobody looks whether rows and offsets lie within the images: on a GPU, and in the
+    C kernel, others read foreign memory.
 
     Args:
         images: (M, S, T, C) uint8, contiguous.
@@ -196,7 +196,9 @@ def gather(
     assert images.dim() == 4, images.shape
     assert images.is_contiguous(), images.stride()
     assert rows.dtype == torch.int64, rows.dtype
-    assert flip is None or flip.dtype == torch.bool, flip.dtype
+    assert flip is None or (flip.dtype == torch.bool and flip.shape == rows.shape), flip.shape
+    for places in (top, left):
+        assert places is None or (places.dtype == torch.int64 and places.shape == rows.shape), places.shape
     height, width = size or (images.shape[1], images.shape[2])
     assert height <= images.shape[1], (height, images.shape)
     assert width <= images.shape[2], (width, images.shape)

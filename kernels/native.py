@@ -8,10 +8,11 @@ for each other in a spin.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -22,6 +23,8 @@ from torch import Tensor
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
 FLAGS = ("-O3", "-march=sapphirerapids", "-std=gnu11", "-fPIC", "-fopenmp", "-fvisibility=hidden")
+NO_COMPILER = "there is no C compiler (gcc 11 or newer)"
+_NEEDED = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
 COMPILE_S = 300
 """Seconds after which a compiler is given up."""
 
@@ -34,7 +37,7 @@ class NativeError(Exception):
 
 def default_folder() -> Path:
     """Where the compiled library is kept if nobody says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcgan-faces"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "dcgan-faces"
 
 
 def loaded() -> bool:
@@ -56,11 +59,10 @@ def load(folder: Path | None = None) -> None:
         return
     if not torch.cpu._is_amx_tile_supported():
         raise NativeError("the processor has no AMX")
-    path = _build(folder or default_folder())
-    try:
-        found = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise NativeError(f"{path} cannot be loaded: {error}") from error
+    missing = _NEEDED - _cpu_flags()
+    if missing:
+        raise NativeError(f"the processor lacks {', '.join(sorted(missing))}")
+    found = _build(folder or default_folder())
     if found.dcgan_amx_begin():
         raise NativeError("the system does not let programs use AMX tiles")
     _library = found
@@ -72,40 +74,52 @@ def library() -> ctypes.CDLL:
     return _library
 
 
-def _compiler() -> str:
-    for name in (os.environ.get("CC", ""), "gcc", "cc"):
-        if name and shutil.which(name):
-            return name
-    raise NativeError("there is no C compiler (gcc 11 or newer)")
+def _cpu_flags() -> set[str]:
+    """What the processor can do, by the system's names."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError as error:
+        raise NativeError(f"/proc/cpuinfo cannot be read ({error.strerror})") from error
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-@functools.cache
+def _compiler() -> list[str]:
+    """CC, which may be several words, else gcc."""
+    for words in (shlex.split(os.environ.get("CC", "")), ["gcc"], ["cc"]):
+        if words and shutil.which(words[0]):
+            return words
+    raise NativeError(NO_COMPILER)
+
+
 def _digest() -> str:
     """Changes whenever the compiled library would."""
     content = hashlib.sha256(repr(FLAGS).encode())
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted(SOURCES.glob("*.[ch]")):
         content.update(path.name.encode() + path.read_bytes())
     return content.hexdigest()[:16]
 
 
-def _build(folder: Path) -> Path:
-    target = folder / f"native-{_digest()}.so"
-    if target.exists():
-        return target
-    compiler = _compiler()
+def _build(folder: Path) -> ctypes.CDLL:
+    """The kept library, or one that is compiled now; kept only when it can be loaded."""
     try:
+        target = folder / f"native-{_digest()}.so"
+        if target.exists():
+            with contextlib.suppress(OSError):  # cut short, or made for another system: made anew
+                return ctypes.CDLL(str(target))
+        compiler = _compiler()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="native-") as scratch:
-            objects = []
+            made, objects = Path(scratch) / "library.so", []
             for source in sorted(SOURCES.glob("*.c")):
                 objects.append(str(Path(scratch) / f"{source.stem}.o"))
-                _run(compiler, *FLAGS, "-c", str(source), "-o", objects[-1])
+                _run(*compiler, *FLAGS, "-c", str(source), "-o", objects[-1])
             # Without -fopenmp: OpenMP's functions are left for torch's own libgomp to fill in.
-            _run(compiler, "-shared", "-o", str(Path(scratch) / "library.so"), *objects)
-            (Path(scratch) / "library.so").replace(target)  # complete, or not there
+            _run(*compiler, "-shared", "-o", str(made), *objects)
+            found = ctypes.CDLL(str(made))
+            made.replace(target)
+            return found
     except OSError as error:
         raise NativeError(f"{folder}: {error.strerror or error}") from error
-    return target
 
 
 def _run(*words: str) -> None:

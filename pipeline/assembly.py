@@ -148,13 +148,14 @@ def build_step(cfg: Config, plan: Plan, ranks: Ranks) -> Step:
         distributed.synchronise_batchnorm(discriminator, ranks)
     lr = cfg.optim.scaled_lr(cfg.train.batch_size)
     players = make_players(generator, discriminator, cfg.optim, lr=lr, precision=plan.precision)
-    return _kind(cfg, plan, ranks)(
+    kind = _kind(cfg, plan, ranks)
+    return kind(
         players,
         plan.precision,
         channels_last=cfg.train.channels_last,
         ema_half_life_images=cfg.optim.ema_half_life_images,
         # SyncBatchNorm knows no groups: real and fake then go one after the other.
-        joint=ranks.device.type == "cuda" and not (cfg.distributed.sync_batchnorm or cfg.distributed.overlap_g),
+        joint=ranks.device.type == "cuda" and not cfg.distributed.sync_batchnorm and kind is not OverlappedStep,
         guarded=cfg.watch.skip_non_finite,
         min_loss_scale=cfg.watch.min_loss_scale,
         loss=cfg.loss,

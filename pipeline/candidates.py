@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,7 @@ def settle(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices) -> Plan:
         distributed.together(lambda: _refuse_native(cfg, problem))
         plan = dataclasses.replace(plan, reasons=(*plan.reasons, f"networks by torch: {problem}"))
     plan = dataclasses.replace(plan, networks=choices.pick("networks", wide, networks, cfg.kernels.networks))
+    del networks  # and with them what was made to measure them
     layers: dict[str, Any] = {"batchnorm": cfg.kernels.batchnorm, "image_ends": cfg.kernels.image_ends}
     for operation, setting in layers.items():
         found = choices.pick(operation, wide, layer_candidates(cfg, plan, ranks, operation), setting)
@@ -99,6 +101,7 @@ def _steps_of(cfg: Config, plan: Plan, ranks: Ranks, **changed: Any) -> Callable
     """A call that does one step of a training of its own, by the plan with something changed, on noise."""
     share = cfg.per_rank(ranks.world_size)
     made: list[tuple[Step, Tensor, Tensor]] = []
+    seen = itertools.count(_STEPS_BEFORE[ranks.device.type])
 
     def one_step() -> None:
         if not made:  # by the rank that measures, when it does
@@ -112,7 +115,7 @@ def _steps_of(cfg: Config, plan: Plan, ranks: Ranks, **changed: Any) -> Callable
             for i in range(_STEPS_BEFORE[ranks.device.type]):
                 step(images, latents, i * share, share)
         step, images, latents = made[0]
-        step(images, latents, share, share)
+        step(images, latents, next(seen) * share, share)  # on and on: what is due now and then is due now as well
 
     return one_step
 
@@ -124,6 +127,7 @@ def _nothing() -> None:
 def network_candidates(cfg: Config, plan: Plan, ranks: Ranks) -> tuple[Candidates, str]:
     """What can run the networks' layers in training, each as a whole step at this rank's size; and why no more can."""
     problem = _native_problem(cfg, plan, ranks)
+    problem = next(filter(None, distributed.gather(problem)), "")  # what one rank lacks, none can have
     if problem:
         return {"torch": _nothing}, problem
     return {name: _steps_of(cfg, plan, ranks, networks=name) for name in ("torch", "native")}, ""

@@ -126,7 +126,9 @@ def restore(players: Players, state: State, rank: int, world_size: int) -> None:
     for optimizer, name in ((players.optimizer_g, "optimizer_g"), (players.optimizer_d, "optimizer_d")):
         counted = ("params", "step")  # apex counts its steps here
         settings = [{k: v for k, v in group.items() if k not in counted} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state[name])
+        # Before loading as well: torch brings the step counts to the device only for a group that says it is fused.
+        groups = [theirs | kept for theirs, kept in zip(state[name]["param_groups"], settings, strict=True)]
+        optimizer.load_state_dict(state[name] | {"param_groups": groups})
         for group, kept in zip(optimizer.param_groups, settings, strict=True):
             group.update(kept)
         for parameter, moments in optimizer.state.items():

@@ -202,10 +202,13 @@ class Choices:
 
     def _read_run(self) -> dict[str, Choice]:
         machine, choices = self._usable(self._run)
-        if choices and machine != self.machine:
-            changed = [
-                f"{key} {machine.get(key)} -> {now}" for key, now in self.machine.items() if machine.get(key) != now
-            ]
+        # Kernels whose code has changed since are no reason to choose anew: the run goes on with what it began with.
+        changed = [
+            f"{key} {machine.get(key)} -> {now}"
+            for key, now in self.machine.items()
+            if machine.get(key) != now and key != "kernels"
+        ]
+        if choices and changed:
             self._say(f"{self._run} was made elsewhere ({', '.join(changed)}): what it chose is not used")
             return {}
         return choices
@@ -294,7 +297,7 @@ class Choices:
         return choice
 
     def _keep(self) -> None:
-        # Those of earlier starts stay: a run may be told to use something else for one start.
+        # Those that this start did not ask for stay.  One that it was told to make anew is from now on the run's own.
         whole = self._of_run | self.made
         if self._run and whole != self._kept:  # a run that goes on writes nothing, whatever room the disk has
             write(self._run, self.machine, whole)

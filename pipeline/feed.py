@@ -131,9 +131,9 @@ class BackgroundFeed(Generic[T]):
 
     def next(self) -> Tensor:
         start = time.perf_counter()
-        result = self._ahead.next()
+        batch = self._receive(self._ahead.next())
         self.wait_s += time.perf_counter() - start
-        return self._receive(result)
+        return batch
 
     def close(self) -> None:
         self._ahead.close()

@@ -108,7 +108,9 @@ class Meters:
         finite = torch.isfinite(measured).all()
         self.sums[: len(METERS)] += torch.where(finite, measured, 0.0)
         if penalty is not None:
-            self.sums[len(METERS) : len(METERS) + 2] += torch.where(finite, penalty, 0.0)
+            self.sums[len(METERS) : len(METERS) + 2] += torch.where(
+                finite & torch.isfinite(penalty).all(), penalty, 0.0
+            )
         self.sums[-2] += finite
         if skipped is not None:
             self.sums[-1] += skipped.max()

@@ -74,8 +74,9 @@ class MicroBatchStep(FastStep):
             losses.append(loss.detach())
             logits.append(torch.stack([each.detach() for each in both]))
             penalties.append(self.penalty.clone())
-        for buffer, before in statistics:  # that G draws for D does not count
-            buffer.copy_(before)
+        if turn.g_learns:  # that G draws for D does not count: it draws the same again to learn
+            for buffer, before in statistics:
+                buffer.copy_(before)
         self.penalty.copy_(torch.stack(penalties).mean(0))
         self.update_d()
 

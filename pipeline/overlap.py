@@ -75,6 +75,10 @@ class OverlappedStep(FastStep):
             group["lr"] = lr
         self.hopeless.zero_()
         super().update_g()
+        if self.guarded and not self.players.scaler_g.is_enabled():
+            # Left out because D's was: that was counted with D's, a step ago.
+            self.skipped[1] = (self.skipped[1] - self.skipped[0]).clamp(min=0)
+            self.hopeless.copy_(self.skipped[1])
         self._g_is_new = True
         for group, lr in zip(groups, now, strict=True):
             group["lr"] = lr

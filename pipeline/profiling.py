@@ -189,6 +189,8 @@ class Trace:
             self._end()
         elif self._profile is not None:
             self._profile.stop()
+            if torch.cuda.is_available() and self.cfg.memory:
+                torch.cuda.memory._record_memory_history(enabled=None)
 
 
 class Look:

@@ -104,8 +104,8 @@ class Run:
                 break
             except Diverging as trouble:
                 found, history = self._go_back(trouble, attempt.history)
-                del attempt
-                gc.collect()  # its networks make room for the next one's
+            del attempt
+            gc.collect()  # its networks make room for the next one's; only here does no traceback hold them
         if ranks.leads:
             self._finish(outcome)
 

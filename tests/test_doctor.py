@@ -156,7 +156,7 @@ def test_a_package_that_is_missing_or_too_old_is_named(monkeypatch):
 
 def test_amx_without_a_compiler_is_a_warning_and_no_amx_is_none(monkeypatch):
     def no_compiler(_folder: Path | None = None) -> None:
-        raise native.NativeError("there is no C compiler")
+        raise native.NativeError(native.NO_COMPILER)
 
     monkeypatch.setattr(native, "load", no_compiler)
     for amx, state in ((True, "warning"), (False, "ok")):

@@ -66,7 +66,7 @@ def overlapped_equals_fast(ranks: Ranks) -> None:
     _, found, ours, _ = stepping(ranks, OverlappedStep, batch, cfg=late, spoilt=(1, 3))
     assert_same(found, expected)
     assert [h > 0 for h in theirs] == [False, True, False, True, False]
-    assert [h > 0 for h in ours] == [False, True, True, True, True]
+    assert [h > 0 for h in ours] == [False, True, False, True, False]
     if ranks.world_size == 2:
         rounded = DistributedConfig(bucket_cap_mb=0.01, compress="bf16")
         _, expected, *_ = stepping(ranks, FastStep, batch, cfg=rounded)

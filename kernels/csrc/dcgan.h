@@ -35,7 +35,7 @@ static inline __m512i two_as_bf16(__m512 a, __m512 b) { return (__m512i)_mm512_c
 
 static inline __m512i load_as_bf16(const float *p) { return two_as_bf16(_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16)); }
 
-/* Leaky ReLU; a NaN stays one. */
+/* Leaky ReLU; a NaN stays one, and with slope 0 minus infinity becomes one. */
 static inline __m512 activated(__m512 z, __m512 slope) {
     return _mm512_mask_mul_ps(z, _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_LT_OQ), z, slope);
 }
@@ -110,6 +110,9 @@ static inline void pack_transposed(const bf16 *x, bf16 *packed, int n, int c) {
         }
 }
 
+/* Before tiles are loaded from memory just written: of what a load reads, gcc's intrinsic names nothing. */
+#define MEMORY_BARRIER() __asm__ volatile("" ::: "memory")
+
 /* This thread's eight tiles: 16 rows of 64 bytes each. */
 static inline void tiles_begin(void) {
     struct {
@@ -121,7 +124,8 @@ static inline void tiles_begin(void) {
         config.bytes_per_row[i] = 64;
         config.rows[i] = 16;
     }
-    _tile_loadconfig(&config);
+    /* Not _tile_loadconfig, which tells gcc (12.2) of 8 of these 64 bytes: it may then leave the others unwritten. */
+    __asm__ volatile("ldtilecfg %0" ::"m"(config) : "memory");
 }
 
 /* The taps that reach an output pixel: which pixel of the input, which part of the weight. */

@@ -65,6 +65,7 @@ EXPORT int dcgan_image_down(const bf16 *images, const bf16 *packed, bf16 *out, f
         for (int p = 0; p < height * width; p++) {
             if (!under) continue;
             columns(images, under, p / width, p % width, height, width, n, c);
+            MEMORY_BARRIER();
             for (int b = 0; b < cs / 32; b++) {
                 const bf16 *tiles = packed + (size_t)b * 2048;
                 for (int m = 0; m < n; m += 32) {
@@ -182,6 +183,7 @@ EXPORT int dcgan_image_grad(const bf16 *small, const bf16 *images, float *grad, 
                 pack_pairs(under, b_tiles + (size_t)w * ks * K * 32, n, K);
                 pack_transposed(small + (size_t)(h * width + w) * n * cs, a_tiles + (size_t)w * ks * cs * 32, n, cs);
             }
+            MEMORY_BARRIER();
             for (int i = 0; i < cs / 32; i++)
                 for (int j = 0; j < K / 32; j++) {
                     _tile_zero(0);

@@ -20,16 +20,18 @@ from typing import Any
 
 import torch
 
-from pipeline import distributed, precision
+from pipeline import distributed, precision, step_graph
 from pipeline.assembly import Plan, build_step, require_mode
 from pipeline.cache import cache_kind
+from pipeline.candidates import settle
+from pipeline.choices import Choices
 from pipeline.cli.command import Parser, at_least, run
 from pipeline.cli.options import Options, parse
 from pipeline.config import Config, ConfigError
 from pipeline.decode import choose_decoder, window_shape
 from pipeline.distributed import Ranks
 from pipeline.environment import ROOT, hardware
-from pipeline.index import Dataset, open_dataset
+from pipeline.index import Dataset, cache_folder, open_dataset
 from pipeline.philox import Stream
 from pipeline.sampling import latents
 from pipeline.sizes import Networks, disk_of, memory_of, networks_of, num_saves
@@ -38,7 +40,7 @@ NAME = "plan.py"
 RESULTS = ROOT / "benchmarks" / "results" / "train.jsonl"
 MEASURE_S = 20.0
 """Seconds of steps that --measure takes, all columns together."""
-WARM_UP_STEPS = 2
+WARM_UP_STEPS = step_graph.WARM_UP_STEPS + 2
 EFFICIENCY = 0.9
 
 
@@ -432,8 +434,14 @@ def _measured(question: Question, share: int, device: torch.device, seconds: flo
     precision.apply(arithmetic, deterministic=cfg.run.deterministic)
     mode = "eager" if cfg.train.mode == "auto" else cfg.train.mode
     plan = Plan("pillow", "none", arithmetic, mode, (), question.num_steps, 0)  # decoder and cache play no part
-    alone = dataclasses.replace(cfg, distributed=dataclasses.replace(cfg.distributed, sync_batchnorm=False))
-    step = build_step(alone, plan, Ranks(0, 1, 0, 1, device))
+    alone = dataclasses.replace(
+        cfg,
+        distributed=dataclasses.replace(cfg.distributed, sync_batchnorm=False),
+        train=dataclasses.replace(cfg.train, batch_size=share),
+    )
+    ranks = Ranks(0, 1, 0, 1, device)
+    plan = settle(alone, plan, ranks, Choices(device, cache=cache_folder(cfg.data), overrides=cfg.kernels.choices))
+    step = build_step(alone, plan, ranks)
     images = torch.randint(0, 256, (share, *cfg.data.size, cfg.data.nc), dtype=torch.uint8, device=device)
     vectors = latents(cfg.run.seed, Stream.LATENT, 0, share, cfg.model.nz, device)
     steps, start = -WARM_UP_STEPS, time.perf_counter()

@@ -174,7 +174,8 @@ def native_kernels() -> list[Check]:
     except native.NativeError as error:
         if not torch.cpu._is_amx_tile_supported():
             return [ok("native kernels", f"not for this processor ({error}); torch's operators are used")]
-        return [warning("native kernels", f"{error}; training on the CPU uses torch's operators", "apt install gcc")]
+        advice = "apt install gcc" if str(error) == native.NO_COMPILER else "nothing has to be done; it is slower"
+        return [warning("native kernels", f"{error}; training on the CPU uses torch's operators", advice)]
     return [ok("native kernels", "compiled; the fastest for a run's networks is measured at its first start")]
 
 
