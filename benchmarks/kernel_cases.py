@@ -263,7 +263,12 @@ def gather_cases(setting: Setting) -> Iterator[Case]:
         lambda images, rows, flip: gather_reference(images, rows, flip, None, None, side, side, setting.dtype),
         (images, rows, flip),
         Cost(2 * numbers, numbers * (1 + setting.dtype.itemsize)),  # a byte read, a value written
-        ours={"custom": Way(lambda images, rows, flip: gather(images, rows, setting.dtype, flip=flip))},
+        # Which kernel the operator takes is its own business: C's on a CPU, where it is loaded.
+        ours={
+            "native" if setting.device.type == "cpu" and _native() else "custom": Way(
+                lambda images, rows, flip: gather(images, rows, setting.dtype, flip=flip)
+            )
+        },
     )
 
 
