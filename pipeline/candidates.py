@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,8 @@ COMPILE_PAYS_IMAGES = 2_000_000
 _STEPS_BEFORE = {"cpu": 1, "cuda": 12}
 """Steps that are not timed: till all is compiled and recorded."""
 _IMAGES_TO_GATHER_FROM = 8192
+_BYTES_TO_GATHER_FROM = 256 << 20
+"""And no more than this, however large the images: many times what any cache of the processor holds."""
 
 
 def settle(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices) -> Plan:
@@ -169,6 +172,13 @@ def layer_candidates(cfg: Config, plan: Plan, ranks: Ranks, operation: str) -> C
     return {name: _steps_of(cfg, plan, ranks, **{operation: name, "mode": mode}) for name in ("torch", "triton")}
 
 
+def _gathered_from(cfg: Config, share: int) -> tuple[int, ...]:
+    """Shape of the decoded images of no meaning that ways to gather a batch are measured on."""
+    window = window_shape(cfg.data)
+    count = min(_IMAGES_TO_GATHER_FROM, max(share, _BYTES_TO_GATHER_FROM // math.prod(window)))
+    return (count, *window)
+
+
 def gathers(cfg: Config, plan: Plan, device: torch.device, share: int) -> Candidates:
     """Ways to make a batch out of decoded images on the device, each from there to [-1, 1]."""
     fits = can_normalise(cfg.data, device, cache=plan.cache, channels_last=cfg.train.channels_last)
@@ -183,9 +193,9 @@ def gathers(cfg: Config, plan: Plan, device: torch.device, share: int) -> Candid
     def source() -> tuple[Tensor, augment.Places]:
         if not made:
             random = torch.Generator(device).manual_seed(0)
-            shape = (_IMAGES_TO_GATHER_FROM, *window_shape(cfg.data))
+            shape = _gathered_from(cfg, share)
             images = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8, device=device)
-            items = np.random.default_rng(0).integers(_IMAGES_TO_GATHER_FROM, size=share)
+            items = np.random.default_rng(0).integers(shape[0], size=share)
             packed = np.zeros((augment.NUM_PLACES, share), np.int64)
             augment.pack_places(items, params, packed)
             made.append((images, augment.unpack_places(torch.from_numpy(packed).to(device), params)))
@@ -210,9 +220,9 @@ def _gathers_on_cpu(cfg: Config, plan: Plan, share: int) -> Candidates:
     def source() -> tuple[np.ndarray, Batch]:
         if not made:
             random = np.random.default_rng(0)
-            shape = (_IMAGES_TO_GATHER_FROM, *window_shape(cfg.data))
+            shape = _gathered_from(cfg, share)
             images = random.integers(256, size=shape, dtype=np.uint8)
-            made.append((images, Batch(random.integers(_IMAGES_TO_GATHER_FROM, size=share), params)))
+            made.append((images, Batch(random.integers(shape[0], size=share), params)))
         return made[0]
 
     def by_torch() -> None:

@@ -256,8 +256,7 @@ def as_tensor(images: Pixels) -> Tensor:
 
 
 def gatherer_on_cpu(images: Tensor, cfg: DataConfig, dtype: torch.dtype) -> Callable[[Batch], Tensor]:
-    """Makes a batch in the training's thread, on all of its cores: a third of a millisecond for 128 images, less than
-    it costs to have another thread beside the step (2 cores, 2026-11)."""
+    """Makes a batch in the training's thread, on all of its cores: 0.4 ms for 128 mirrored images (2 cores)."""
 
     def there(values: np.ndarray | None) -> Tensor | None:
         return None if values is None else torch.from_numpy(values)

@@ -212,3 +212,13 @@ def test_on_a_gpu_layers_are_measured_as_steps_of_the_mode_that_will_run(monkeyp
     synchronised = Config(data=CFG.data, train=CFG.train, distributed=DistributedConfig(sync_batchnorm=True))
     assert list(module.layer_candidates(synchronised, PLAN, gpu, "batchnorm")) == ["torch"]
     assert list(module.layer_candidates(CFG, PLAN, ONE, "batchnorm")) == ["torch"]
+
+
+def test_large_images_are_not_measured_on_gibibytes_of_them():
+    def images(side: int, share: int) -> int:
+        cfg = dataclasses.replace(CFG, data=DataConfig(image_size=side))
+        return module._gathered_from(cfg, share)[0]
+
+    assert images(64, 128) == 8192
+    assert images(1024, 4) == (256 << 20) // (1024 * 1024 * 3)
+    assert images(1024, 128) == 128
