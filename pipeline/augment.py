@@ -51,6 +51,11 @@ class Parameters:
     factors: np.ndarray | None
     """(N, 4) float64: brightness, contrast, saturation, hue in degrees."""
 
+    def of(self, images: slice) -> Parameters:
+        """Those of some of the images; nothing is copied."""
+        mine = (None if p is None else p[images] for p in (self.flip, self.top, self.left, self.factors))
+        return Parameters(*mine)
+
     def colour(self, channels: int) -> tuple[np.ndarray, np.ndarray] | None:
         """The affine map of each image: matrix (N, k, k) and offset (N, k), float32; k = 1 for gray, else 3."""
         if self.factors is None:

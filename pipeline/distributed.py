@@ -6,12 +6,15 @@ Data and seeds go by the global rank, devices by the local one.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -101,6 +104,21 @@ def stop() -> None:
     """Leave the process group, if there is one.  Not after an error: with a rank gone it may wait for ever."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process with that exit code, at once where it still belongs to a group.
+
+    A group that could not be left keeps its threads.  Should the interpreter take itself apart under them, they may
+    abort the process, and a scheduler would see that signal in place of the code.
+    """
+    if dist.is_initialized():
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # closed at the other end: nobody is left to tell
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -33,6 +33,9 @@ from pipeline.transfer import Buffer, Pending, PinnedRing, SideStream
 
 T = TypeVar("T")
 
+_DRAWN_AT_ONCE = 2048
+"""Images for which order and augmentation are drawn at a time."""
+
 
 class Feed(Protocol):
     """An endless supply of this rank's slices of the global batches, in order."""
@@ -182,11 +185,19 @@ class Batch(NamedTuple):
 
 
 def batches(cfg: DataConfig, order: Order, shard: Slice, images_seen: int) -> Iterator[Batch]:
-    """This rank's part of every step from images_seen on, without end."""
+    """This rank's part of every step from images_seen on, without end.
+
+    Those of some steps are drawn at once: it is a hundred short NumPy operations however many images they are for, and
+    between them the interpreter's lock is not there for a training step that wants to go on.
+    """
+    per_rank = shard.per_rank
+    steps = max(1, _DRAWN_AT_ONCE // per_rank)
     while True:
-        numbers = shard.numbers(images_seen)
-        yield Batch(order.items(numbers), augment.parameters(cfg, order.seed, numbers))
-        images_seen += shard.batch_size
+        numbers = np.concatenate([shard.numbers(images_seen + i * shard.batch_size) for i in range(steps)])
+        items, parameters = order.items(numbers), augment.parameters(cfg, order.seed, numbers)
+        for mine in (slice(first, first + per_rank) for first in range(0, len(numbers), per_rank)):
+            yield Batch(items[mine], parameters.of(mine))
+        images_seen += steps * shard.batch_size
 
 
 def _decoded_by_pillow(cfg: DataConfig, decoder: PillowDecoder, wanted: Iterator[Batch]) -> Iterator[Tensor]:

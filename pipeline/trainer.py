@@ -325,4 +325,8 @@ def run(cfg: Config, config_yaml: str, folder: Path) -> None:
             if stop.images_seen:  # all ranks leave together; before the first step each leaves when its signal comes
                 distributed.stop()
             raise
+        except (ConfigError, UserError) as error:
+            if error.shared:
+                distributed.stop()
+            raise
         distributed.stop()

@@ -1,3 +1,7 @@
+import contextlib
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +20,8 @@ from pipeline.order import Slice
 from pipeline.philox import Stream, normal
 from pipeline.players import make_players
 from pipeline.step import FastStep
-from tests.ranks import run_ranks
+from tests.commands import ROOT
+from tests.ranks import Launch, run_launches, run_ranks
 
 BATCH, STEPS = 8, 5
 
@@ -148,6 +153,34 @@ def test_what_only_says_that_another_rank_is_gone_is_known_as_such():
         assert distributed.lost_peer(RuntimeError(text))
     assert distributed.lost_peer(dist.DistNetworkError("unreachable"))
     assert not distributed.lost_peer(RuntimeError("shapes do not match"))
+
+
+@contextlib.contextmanager
+def expects_no_group_afterwards(_launch: int, _rank: int):
+    yield
+    assert not dist.is_initialized()
+
+
+def test_ranks_that_all_meet_the_same_error_leave_their_group(tmp_path):
+    """With it alive the interpreter's end has once aborted a rank, in place of its exit code 74."""
+    words = ["--data.dataroot", str(tmp_path), "--run.dir", "/proc/dcgan-run"]  # read-only even for root
+    assert run_launches([Launch(2, words)], expects_no_group_afterwards) == [[74, 74]]
+
+
+@pytest.mark.parametrize(("alone", "said"), [(True, "75 last words"), (False, "75 ")])
+def test_a_process_with_a_group_ends_without_taking_the_interpreter_apart(tmp_path, alone, said):
+    program = f"""
+import atexit, sys
+import torch.distributed as dist
+from pipeline.distributed import end_process
+if not {alone}:
+    dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+atexit.register(print, "last words", end="")
+print(75, end=" ")  # waits in the stream's buffer
+end_process(75)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (75, said), done.stderr
 
 
 def test_one_rank_needs_no_process_group(monkeypatch):

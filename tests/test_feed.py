@@ -136,6 +136,13 @@ def test_threads_prefetch_and_resuming_change_no_byte(bench: Bench, kind: str) -
     assert torch.equal(torch.cat(run[6:]), torch.cat(resumed))
 
 
+def test_how_many_images_are_drawn_at_once_changes_no_batch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = bench.take("host", 12, shard=Slice(8, rank=1, world_size=2), images_seen=COUNT - 5)
+    monkeypatch.setattr("pipeline.feed._DRAWN_AT_ONCE", 1)  # a batch at a time
+    one = bench.take("host", 12, shard=Slice(8, rank=1, world_size=2), images_seen=COUNT - 5)
+    assert all(torch.equal(a, b) for a, b in zip(many, one, strict=True))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_together_see_what_one_rank_sees(bench: Bench, kind: str) -> None:
     one = torch.stack(bench.take(kind, 6))
