@@ -26,7 +26,9 @@ default; trainer-fp32 does not.
 `fraction_of_gemm` is what the algorithm's FLOPs (models.step_flops) make of the rate of matrix products in the
 trainer's precision, measured in the same run: 1 would be a step that does nothing else, at full speed.
 `peak_gib` is the most memory that launch/train.py with these settings held, measured on a short run of its own from
-start to report; `peak_gpu_gib` is what torch allocated on its GPU.  `data_wait_percent` is the share of the timed
+start to report; `peak_gpu_gib` is what torch allocated on its GPU, `first_step_s` how long that run took from the start
+of the command to the log line of its first step: measurements of what is fastest here are in it where this machine has
+none of them yet, and so is filling the cache.  `data_wait_percent` is the share of the timed
 blocks in which the loop waited for a batch.
 
 Any `--section.key value` of the trainer may follow, as for launch/train.py.  Options: --help; more: NOTES.md.
@@ -44,6 +46,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +77,8 @@ GROUPS = {"usual": USUAL_PARTS, "peers": PEER_PARTS}
 WARM_UP_STEPS = 4
 PEER_WARM_UP_LINES = 10
 """A program may print some lines before its first iteration."""
+LOOK_S = 0.02
+"""How often to look whether the first step has been logged."""
 MEMORY_STEPS = 6
 """Steps of the run whose memory is measured: nothing grows after the second (2026-11)."""
 
@@ -90,7 +95,7 @@ def files_of(dataset: Dataset, folder: Path) -> list[Path]:
 
 
 def peak_memory(cfg: Config, device: torch.device, folder: Path) -> dict[str, float]:
-    """The most memory that a short run of the real command holds, in GiB: `peak_gib` of the process, and of the GPU.
+    """What a short run of the real command needs: `peak_gib` of memory, of the GPU `peak_gpu_gib`, and `first_step_s`.
 
     To be called before this process has grown large: a child starts out with its parent's peak in its account.
 
@@ -104,17 +109,25 @@ def peak_memory(cfg: Config, device: torch.device, folder: Path) -> dict[str, fl
     (folder / "config.yaml").write_text(to_yaml(dataclasses.replace(cfg, train=short, log=log, run=run)))
     words = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(folder / "config.yaml")]
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {}
+    stats = folder / "run" / "stats.jsonl"
     with (folder / "output").open("w+") as output:
+        start = time.perf_counter()
         child = subprocess.Popen(words, stdout=output, stderr=output, env=os.environ | hidden)
-        _, status, usage = os.wait4(child.pid, 0)
+        ended = 0
+        while not (ended or (stats.exists() and stats.stat().st_size)):
+            time.sleep(LOOK_S)
+            ended, status, usage = os.wait4(child.pid, os.WNOHANG)
+        first_step_s = time.perf_counter() - start
+        if not ended:
+            _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         if child.returncode:
             output.seek(0)
             last = (output.read().strip().splitlines() or ["no output"])[-1]
             raise UserError(f"the run that measures memory ended with {child.returncode}: {last}")
-    found = {"peak_gib": usage.ru_maxrss / 2**20}  # KiB on Linux
+    found = {"peak_gib": usage.ru_maxrss / 2**20, "first_step_s": first_step_s}  # KiB on Linux
     if device.type == "cuda":
-        lines = (folder / "run" / "stats.jsonl").read_text().splitlines()
+        lines = stats.read_text().splitlines()
         found["peak_gpu_gib"] = json.loads(lines[-1])["memory_gib"]
     return found
 
