@@ -276,6 +276,11 @@ class FusedAdamEma(torch.optim.Adam):
         self._copies = dict(zip(every, copies, strict=False))
         self._numbers: dict[str, tuple[float, Tensor]] = {}
 
+    @property
+    def has_averages(self) -> bool:
+        """Whether it was given any to move."""
+        return bool(self._averages)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Adam's state, fused or not.
 
@@ -312,7 +317,7 @@ class FusedAdamEma(torch.optim.Adam):
                     [_ordered_as(p.grad, p) for p in params],
                     *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")),
                     *([each[p] for p in params] if each else [] for each in (self._averages, self._copies)),
-                    self._on_device(f"lr {number}", group["lr"], every[0].device),
+                    self._on_device(f"lr {number}", group["lr"], every[0].device, torch.float64),  # as torch takes it
                     weight,
                     self.left_out,
                     getattr(self, "grad_scale", None),
@@ -333,12 +338,14 @@ class FusedAdamEma(torch.optim.Adam):
                 state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state
 
-    def _on_device(self, name: str, value: float | Tensor, device: torch.device) -> Tensor:
+    def _on_device(
+        self, name: str, value: float | Tensor, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """A number as a tensor that is filled only when the number changes."""
         if isinstance(value, Tensor):
             return value
         if name not in self._numbers:
-            self._numbers[name] = math.nan, torch.empty((), dtype=torch.float32, device=device)
+            self._numbers[name] = math.nan, torch.empty((), dtype=dtype, device=device)
         before, tensor = self._numbers[name]
         if value != before:
             self._numbers[name] = value, tensor.fill_(value)

@@ -76,6 +76,8 @@ def _refuse_what_does_not_go_together(cfg: Config) -> None:
     ):
         if value and cfg.train.mode not in ("auto", "eager"):
             raise ConfigError(f"train.mode must be eager with {key}, got {cfg.train.mode!r}")
+    if cfg.distributed.overlap_g and cfg.optim.backend == "triton":  # G's average follows an update that comes later
+        raise ConfigError("optim.backend must be torch or apex with distributed.overlap_g, got 'triton'")
     if cfg.distributed.overlap_g and cfg.train.micro_batch:
         raise ConfigError("distributed.overlap_g must be false with train.micro_batch, got True")
     penalty = next((key for key in ("gradient_penalty", "r1") if getattr(cfg.loss, key)), "")
@@ -96,8 +98,8 @@ def require_mode(cfg: Config, device: torch.device) -> None:
     mode = cfg.train.mode
     if mode == "graph" and device.type != "cuda":
         raise ConfigError("train.mode must be auto, eager, reference or compile on a CPU, got 'graph'")
-    if mode == "graph" and cfg.optim.backend != "torch":
-        raise ConfigError(f"optim.backend must be torch with train.mode graph, got {cfg.optim.backend!r}")
+    if mode == "graph" and cfg.optim.backend == "apex":
+        raise ConfigError("optim.backend must be torch or triton with train.mode graph, got 'apex'")
     if mode == "compile" and compile_problem(device):
         raise ConfigError(f"train.mode must be another than compile here: {compile_problem(device)}")
     if mode in ("compile", "graph") and cfg.distributed.sync_batchnorm:

@@ -86,7 +86,7 @@ def settle_mode(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices, key: st
             return "eager", f"{setting} goes with no other."
     names = ["eager"]
     if not cfg.distributed.sync_batchnorm:
-        if ranks.device.type == "cuda" and cfg.optim.backend == "torch":
+        if ranks.device.type == "cuda" and cfg.optim.backend != "apex":
             names.append("graph")
         can_compile = plan.networks == "torch" and not compile_problem(ranks.device)
         if can_compile and (plan.total_images >= COMPILE_PAYS_IMAGES or ranks.device.type != "cuda"):

@@ -29,8 +29,9 @@ class OptimConfig:
     """How both learning rates fall to 0 at the end of the run; raising the run's length stretches the way there."""
     lr_decay_from: float = 0.5
     """Share of the run after which they begin to fall. At least 0, below 1."""
-    backend: Literal["torch", "apex"] = "torch"
-    """Whose Adam: torch's fused one, or FusedAdam of NVIDIA's apex, which is built apart; GPU only."""
+    backend: Literal["torch", "triton", "apex"] = "torch"
+    """Whose Adam: torch's fused one; triton, ours, which moves G's average in the same pass over its weights (on a CPU
+    by torch's operators); or FusedAdam of NVIDIA's apex, which is built apart and for GPUs only."""
     ema_half_life_images: int = 5000
     """Images after which an older generator weighs half in the averaged one; 0: no average is kept."""
 

@@ -107,12 +107,12 @@ def stop() -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """End this process with that exit code, at once where it still belongs to a group.
+    """End this process with that exit code; at once after an error, or where it still belongs to a group.
 
-    A group that could not be left keeps its threads.  Should the interpreter take itself apart under them, they may
-    abort the process, and a scheduler would see that signal in place of the code.
+    A group that could not be left keeps its threads, and so may what an error has interrupted.  Should the interpreter
+    take itself apart under them, they may abort the process, and a scheduler would see that signal instead of the code.
     """
-    if dist.is_initialized():
+    if code or dist.is_initialized():
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # closed at the other end: nobody is left to tell

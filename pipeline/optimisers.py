@@ -1,4 +1,4 @@
-"""Adam by optim.backend: torch's fused kernel, or NVIDIA apex's, behind the same face.
+"""Adam by optim.backend: torch's fused kernel, ours or NVIDIA apex's, behind the same face.
 
 Whichever it is, the step may set `found_inf` and `grad_scale` on it, and an update whose gradients are not finite is
 left out on the device; and its state_dict() is laid out as torch's Adam lays it out, so that checkpoints fit all.
@@ -11,7 +11,7 @@ numbers that do not belong together, without an error.  So strides are compared 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kernels.adam_ema import FusedAdamEma
 from pipeline.config import ConfigError, OptimConfig
 from pipeline.errors import StorageError
 
@@ -26,8 +27,11 @@ _HOW = "docs/performance.md says how to build it"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def make_adam(parameters: Iterable[Tensor], cfg: OptimConfig, lr: float) -> Optimizer:
+def make_adam(parameters: Iterable[Tensor], cfg: OptimConfig, lr: float, averages: Sequence[Tensor] = ()) -> Optimizer:
     """Adam over parameters that already lie on their device in their memory format.
+
+    Args:
+        averages: of each parameter, in order, which an optimiser that can do so moves itself.
 
     Raises:
         ConfigError: optim.backend cannot be had here.
@@ -39,7 +43,14 @@ def make_adam(parameters: Iterable[Tensor], cfg: OptimConfig, lr: float) -> Opti
         from apex.optimizers import FusedAdam
 
         return fit_in(FusedAdam)(parameters, lr=lr, betas=betas, adam_w_mode=False, capturable=True)
+    if cfg.backend == "triton":
+        return FusedAdamEma(parameters, lr, betas, averages=averages)
     return torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True)
+
+
+def moves_averages(optimizer: Optimizer) -> bool:
+    """Whether its update moves the averages that it was made with; the caller then sets its `ema_weight` before."""
+    return isinstance(optimizer, FusedAdamEma) and optimizer.has_averages
 
 
 def require_backend(backend: str, device: torch.device) -> None:

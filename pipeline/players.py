@@ -62,12 +62,13 @@ def make_players(
 
     device = next(generator.parameters()).device.type
     scaled = precision == "fp16"
+    ema = {k: p.detach().clone() for k, p in generator.named_parameters()} if cfg.ema_half_life_images else {}
     return Players(
         generator,
         discriminator,
-        make_adam(generator.parameters(), cfg, lr),
+        make_adam(generator.parameters(), cfg, lr, list(ema.values())),
         make_adam(discriminator.parameters(), cfg, lr_d),
         torch.amp.GradScaler(device, enabled=scaled),
         torch.amp.GradScaler(device, enabled=scaled),
-        {k: p.detach().clone() for k, p in generator.named_parameters()} if cfg.ema_half_life_images else {},
+        ema,
     )

@@ -24,12 +24,13 @@ def tiny_players(
     precision: Any = "fp32",
     seed: int = 0,
     memory_format: torch.memory_format = torch.contiguous_format,
+    backend: Any = "torch",
 ) -> Players:
     torch.manual_seed(seed)
     pair = Generator(NZ, WIDTH, 3, SIDE, SIDE), Discriminator(WIDTH, 3, SIDE, SIDE)
     for network in pair:
         network.to(memory_format=memory_format)
-    return make_players(*pair, OptimConfig(), lr=lr, precision=precision)
+    return make_players(*pair, OptimConfig(backend=backend), lr=lr, precision=precision)
 
 
 def train_some(players: Players, steps: int = 2, precision: Any = "fp32") -> None:

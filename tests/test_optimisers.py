@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from pipeline import checkpoint as checkpoints
-from pipeline.config import ConfigError, OptimConfig
+from pipeline.assembly import make_plan
+from pipeline.config import Config, ConfigError, DistributedConfig, LossConfig, OptimConfig
+from pipeline.distributed import Ranks
 from pipeline.errors import StorageError
 from pipeline.optimisers import check_strides, fit_in, make_adam, require_backend
 from pipeline.step import FastStep
@@ -269,3 +271,43 @@ def test_apexs_own_adam_waits_for_nothing():
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_our_adam_moves_the_average_and_leaves_the_same_bits_on_a_cpu(backend):
+    """As torch's Adam and then lerp do: through steps in which G does not learn and one that is left out."""
+    players = tiny_players(backend=backend, memory_format=torch.channels_last)
+    step = FastStep(players, "fp32", channels_last=False, ema_half_life_images=100, loss=LossConfig(d_steps=2))
+    expected, before = {k: v.clone() for k, v in players.ema.items()}, None
+    random = torch.Generator().manual_seed(3)
+    for number in range(6):
+        images = torch.rand(BATCH, 3, SIDE, SIDE, generator=random) * 2 - 1
+        if number == 3:
+            images[0, 0, 0, 0] = torch.nan
+        seen = 1000 + number * BATCH
+        step(images, torch.randn(BATCH, NZ, generator=random), seen, BATCH)
+        live = dict(players.generator.named_parameters())
+        if number == 3:
+            assert step.skipped.tolist() == [1, 1]
+            assert_same({k: p.detach() for k, p in live.items()}, before)
+        before = {k: p.detach().clone() for k, p in live.items()}
+        for name, average in expected.items():
+            torch._foreach_lerp_([average], [before[name]], step.ema_weight(seen, BATCH))
+        assert_same(players.ema, expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_our_adam_goes_on_from_torchs_checkpoint_to_the_bit_on_a_cpu(precision):
+    plain, ours = tiny_players(precision=precision), tiny_players(precision=precision, seed=1, backend="triton")
+    train_some(plain, 3, precision)
+    checkpoints.restore(ours, snapshot(plain), 0, 1)
+    assert_same(snapshot(ours), snapshot(plain))
+    train_some(plain, 2, precision)
+    train_some(ours, 2, precision)
+    assert_same(snapshot(ours), snapshot(plain))
+
+
+def test_our_adam_is_refused_where_gs_update_waits_for_the_other_ranks():
+    cfg = Config(distributed=DistributedConfig(overlap_g=True), optim=OptimConfig(backend="triton"))
+    with pytest.raises(ConfigError, match=r"optim\.backend must be torch or apex with distributed\.overlap_g"):
+        make_plan(cfg, None, Ranks(0, 1, 0, 1, torch.device("cpu")))

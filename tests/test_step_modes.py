@@ -329,7 +329,7 @@ def test_a_mode_that_cannot_be_is_refused_in_one_line(settings, found):
 
 def test_a_graph_of_another_adam_is_refused_in_one_line():
     cfg = Config(train=TrainConfig(mode="graph"), optim=OptimConfig(backend="apex"))
-    with pytest.raises(ConfigError, match=r"optim\.backend must be torch with train\.mode graph, got 'apex'"):
+    with pytest.raises(ConfigError, match=r"optim\.backend must be torch or triton with train\.mode graph, got 'apex'"):
         assembly.require_mode(cfg, torch.device("cuda", 0))
 
 
