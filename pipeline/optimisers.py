@@ -48,9 +48,9 @@ def make_adam(parameters: Iterable[Tensor], cfg: OptimConfig, lr: float, average
     return torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True)
 
 
-def moves_averages(optimizer: Optimizer) -> bool:
-    """Whether its update moves the averages that it was made with; the caller then sets its `ema_weight` before."""
-    return isinstance(optimizer, FusedAdamEma) and optimizer.has_averages
+def that_averages(optimizer: Optimizer) -> FusedAdamEma | None:
+    """The optimiser where its update moves averages as well: by its `ema_weight`, which the caller sets before."""
+    return optimizer if isinstance(optimizer, FusedAdamEma) and optimizer.has_averages else None
 
 
 def require_backend(backend: str, device: torch.device) -> None:

@@ -32,7 +32,7 @@ from pipeline.config import DiscriminatorInputConfig, LossConfig
 from pipeline.diffaugment import diffaugment, draws
 from pipeline.instance_noise import instance_noise, std_at
 from pipeline.losses import Losses
-from pipeline.optimisers import moves_averages
+from pipeline.optimisers import that_averages
 from pipeline.penalties import gradient_penalty, r1
 from pipeline.philox import Stream, uniform_float32
 from pipeline.players import Players
@@ -155,16 +155,16 @@ class Step:
             real = normalize(images, precision_.dtype_of(self.precision), self.channels_last)
         if self.guarded:
             torch._foreach_copy_(self._statistics_before, self._statistics)
-        in_update = turn.g_learns and moves_averages(self.players.optimizer_g)
-        if in_update:
-            self.players.optimizer_g.ema_weight = turn.ema_weight
+        averaging = that_averages(self.players.optimizer_g) if turn.g_learns else None
+        if averaging:
+            averaging.ema_weight = turn.ema_weight
         meters = self.play(real, latents, turn)
         self.mark("rest")
         if self.guarded:  # running statistics would keep a NaN for ever
             bad = ~torch.isfinite(meters[:2]).all()
             for now, before in zip(self._statistics, self._statistics_before, strict=True):
                 torch.where(bad, before, now, out=now)
-        if self.players.ema and not in_update:
+        if self.players.ema and not averaging:
             self._move_average(turn.ema_weight)
         self.mark("optimiser")
         return meters
