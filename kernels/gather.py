@@ -131,8 +131,7 @@ def _gather_native(
     return memory.permute(0, 3, 1, 2)
 
 
-@torch.library.custom_op("dcgan::gather", mutates_args=(), device_types="cpu")
-def _gather(
+def _gather_on_cpu(
     images: Tensor,
     rows: Tensor,
     flip: Tensor | None,
@@ -149,6 +148,7 @@ def _gather(
     return normalize(_picked(images, rows, flip, top, left, height, width), dtype)
 
 
+_gather = torch.library.custom_op("dcgan::gather", _gather_on_cpu, mutates_args=(), device_types="cpu")
 _gather.register_kernel("cuda")(_gather_triton)
 
 
@@ -202,4 +202,7 @@ def gather(
     height, width = size or (images.shape[1], images.shape[2])
     assert height <= images.shape[1], (height, images.shape)
     assert width <= images.shape[2], (width, images.shape)
-    return _gather(images, rows, flip, top, left, height, width, dtype)
+    # A registered operator costs as much as 10 images, more where a step has just had the caches to itself.
+    traced = images.device.type != "cpu" or torch.compiler.is_compiling()
+    take = _gather if traced else _gather_on_cpu
+    return take(images, rows, flip, top, left, height, width, dtype)

@@ -303,3 +303,9 @@ def test_on_a_cpu_the_c_kernel_gives_what_normalising_the_batch_would(
         for batch, images in zip(bench.take(kind, 8, normalised=dtype, **plain), expected, strict=True):
             assert batch.is_contiguous(memory_format=torch.channels_last)
             assert torch.equal(batch, normalize(images, dtype))
+    with bench.open(kind, normalised=torch.bfloat16, **plain) as feed:
+        feed.next()
+        assert 0 < feed.wait_s < 10
+        feed.close()
+        with pytest.raises(RuntimeError, match="the feed is closed"):
+            feed.next()
