@@ -145,7 +145,7 @@ class BackgroundFeed(Generic[T]):
 class DirectFeed:
     """Batches that are made when they are asked for, in the training's thread, on all of its cores.
 
-    For what takes less than half a millisecond: while another thread made some of it, this one waited for the
+    For what takes a fraction of a millisecond: while another thread made some of it, this one waited for the
     interpreter's lock.
     """
 
@@ -290,7 +290,7 @@ def as_tensor(images: Pixels) -> Tensor:
 
 
 def gatherer_on_cpu(images: Tensor, cfg: DataConfig, dtype: torch.dtype) -> Callable[[Batch], Tensor]:
-    """Makes a batch on all cores: 0.4 ms for 128 mirrored images (2 cores)."""
+    """Makes a batch on all cores: 0.13 ms for 128 mirrored images of 64 x 64 (2 cores, 2026-11)."""
 
     def there(values: np.ndarray | None) -> Tensor | None:
         return None if values is None else torch.from_numpy(values)

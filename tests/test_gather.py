@@ -75,10 +75,22 @@ def test_whole_images_need_no_offsets_and_may_go_unmirrored(device: str):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_every_byte_is_the_float32_value_that_a_decoder_would_have_given(device: str):
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_byte_is_the_value_that_a_decoder_would_have_given(dtype: torch.dtype, device: str):
     every = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
-    result = gather(every.to(device), torch.zeros(1, dtype=torch.int64, device=device), torch.float32)
-    assert torch.equal(result.cpu().flatten(), every.flatten().float() / 127.5 - 1)
+    result = gather(every.to(device), torch.zeros(1, dtype=torch.int64, device=device), dtype)
+    assert_equal(result.cpu(), (every.permute(0, 3, 1, 2).float() / 127.5 - 1).to(dtype))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("width", [5, 21, 22, 64, 70])
+def test_rows_of_any_length_are_mirrored(channels: int, width: int):
+    """Those of 16-bit numbers go through registers of 64 bytes."""
+    case = (5, 6, width + 3, channels, 4, width, 6)
+    images, rows, flip, top, left = draw(case, "cpu")
+    expected = gather_reference(images, rows, flip, top, left, 4, width, torch.bfloat16)
+    result = gather(images, rows, torch.bfloat16, flip=flip, top=top, left=left, size=(4, width))
+    assert_equal(result, expected)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of the registration, not of the kernels")
