@@ -7,6 +7,8 @@ What the result lines claim, by variant:
     plain-pillow    the peer of Pillow and the tutorial's way: open, convert, torchvision's Resize and CenterCrop.
     cache-host      the trainer's feed out of the host cache; cache-host-flip: with data.flip.
     cache-device    out of the GPU's memory; cache-device-flip likewise.  Only with a GPU.
+    cache-host-bf16, cache-host-bf16-flip, cache-device-bf16, ...   the same as networks read them: in [-1, 1], bf16,
+                    channels-last, by one kernel on all cores or the GPU; where there is such a kernel.
 With --tune, one line instead: the decoder's settings that are best here, found by a small search (tune.py).
 `images_per_s` counts by the clock, with one decode thread; beside it the feed's own thread prepares and hands over.
 `images_per_cpu_s` counts by the processor time of all threads together: the rate of one core.  `ratio_to_tutorial` is
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import itertools
 import sys
 import tarfile
 import tempfile
@@ -37,10 +40,12 @@ from benchmarks import harness
 from benchmarks.harness import Recorder, say
 from benchmarks.supplies import Supply, our_feed, plain_dali, plain_pillow, timed
 from benchmarks.tune import tune
+from kernels import native
 from pipeline.cache import Kind
 from pipeline.cli import command
 from pipeline.config import DataConfig
 from pipeline.decode import Decoder, choose_decoder, dali_problem
+from pipeline.feed import can_normalise
 from pipeline.index import Dataset, open_dataset
 from pipeline.packing import write_zip
 
@@ -91,13 +96,16 @@ def all_variants(
     if dali_problem():
         say(f"without DALI: {dali_problem()}")
 
-    def ours(name: str, own: DataConfig, source: str, cache: Kind | None) -> Variant:
+    def ours(
+        name: str, own: DataConfig, source: str, cache: Kind | None, normalised: torch.dtype | None = None
+    ) -> Variant:
         own = dataclasses.replace(own, dataroot=str(containers[source]), cache=cache or "none")
         dataset = open_dataset(own)
         facts = {"source": source, "decoder": choose_decoder(own)[0], "cache": cache or "none", "flip": own.flip}
-        return Variant(name, lambda: our_feed(own, dataset, device, batch, threads, cache), facts)
+        facts |= {"dtype": str(normalised or torch.uint8).removeprefix("torch.")}
+        return Variant(name, lambda: our_feed(own, dataset, device, batch, threads, cache, normalised), facts)
 
-    plain = {"source": "folder", "cache": "none", "flip": False}
+    plain = {"source": "folder", "cache": "none", "flip": False, "dtype": "uint8"}
     found = [Variant(PEER, lambda: plain_pillow(paths, cfg.size, batch), plain | {"decoder": "pillow"})]
     if "dali" in decoders:
         open_dali = lambda: plain_dali(paths, cfg.size, device, batch, threads)  # noqa: E731
@@ -105,10 +113,16 @@ def all_variants(
     for decoder in decoders:
         own = dataclasses.replace(cfg, decoder=decoder)
         found += [ours(f"{source}-{decoder}", own, source, None) for source in containers]
+    try:
+        native.load()
+    except native.NativeError as error:
+        say(f"without the C kernels: {error}")
     kinds: list[Kind] = ["host", "device"] if device.type == "cuda" else ["host"]
-    for kind in kinds:
-        found.append(ours(f"cache-{kind}", cfg, "folder", kind))
-        found.append(ours(f"cache-{kind}-flip", dataclasses.replace(cfg, flip=True), "folder", kind))
+    for kind, flip in itertools.product(kinds, (False, True)):
+        own, ending = dataclasses.replace(cfg, flip=flip), "-flip" * flip
+        found.append(ours(f"cache-{kind}{ending}", own, "folder", kind))
+        if can_normalise(own, device, cache=kind, channels_last=True):
+            found.append(ours(f"cache-{kind}-bf16{ending}", own, "folder", kind, torch.bfloat16))
     return found
 
 

@@ -29,9 +29,19 @@ Supply = contextlib.AbstractContextManager[Callable[[], object]]
 
 @contextlib.contextmanager
 def our_feed(
-    cfg: DataConfig, dataset: Dataset, device: torch.device, batch: int, threads: int, cache: Kind | None
+    cfg: DataConfig,
+    dataset: Dataset,
+    device: torch.device,
+    batch: int,
+    threads: int,
+    cache: Kind | None,
+    normalised: torch.dtype | None = None,
 ) -> Iterator[Callable[[], object]]:
-    """Batches of the trainer's feed; with a cache, one that is built already or is now."""
+    """Batches of the trainer's feed; with a cache, one that is built already or is now.
+
+    Args:
+        normalised: as `open_feed` takes it.
+    """
     decoder = choose_decoder(cfg)[0]
     cached = cache and build_cache(cfg, dataset, decoder=decoder, kind=cache, device=device, threads=threads)
     feed = open_feed(
@@ -44,6 +54,7 @@ def our_feed(
         threads=threads,
         decoder=decoder,
         cached=cached or None,
+        normalised=normalised,
     )
     try:
         yield feed.next

@@ -8,6 +8,7 @@ from pipeline.interpreter import require_packages
 
 require_packages()
 from pipeline.cli.evaluate import main  # noqa: E402
+from pipeline.distributed import end_process  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -287,7 +287,9 @@ class Choices:
         if len(candidates) == 1:
             return Choice(next(iter(candidates)), "there is nothing else here")
         ms = measure(candidates, self.device, self._clock)
-        choice = Choice(fastest(ms), f"measured {time.strftime('%Y-%m-%d')}", ms)
+        too_large = [candidate for candidate in candidates if candidate not in ms]
+        why = "".join(f"; no memory for {candidate} beside the others" for candidate in too_large)
+        choice = Choice(fastest(ms), f"measured {time.strftime('%Y-%m-%d')}{why}", ms)
         self._say(choice.line(name))
         if self._cache:
             try:
@@ -318,7 +320,11 @@ def measure(
 ) -> dict[str, float]:
     """Each candidate's median milliseconds, in blocks that take turns, so that a disturbance meets all of them.
 
-    Each runs once beforehand, untimed: what it compiles or allocates then counts for nothing.
+    Each runs once beforehand, untimed: what it compiles or allocates then counts for nothing.  One that finds too
+    little of the device's memory beside those before it is left out.
+
+    Raises:
+        torch.OutOfMemoryError: not even the first one fits.
     """
 
     def timed(call: Callable[[], None], repeats: int) -> float:
@@ -331,15 +337,19 @@ def measure(
 
     repeats = {}
     for name, call in candidates.items():
-        timed(call, 1)
-        repeats[name] = max(1, min(1000, math.ceil(BLOCK_S / max(timed(call, 1), 1e-6))))
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+        try:
+            timed(call, 1)
+            repeats[name] = max(1, min(1000, math.ceil(BLOCK_S / max(timed(call, 1), 1e-6))))
+        except torch.OutOfMemoryError:
+            if not repeats:
+                raise
+    seconds: dict[str, list[float]] = {name: [] for name in repeats}
     begun = clock()
     for block in range(BLOCKS):
         if block >= LEAST_BLOCKS and clock() - begun > BUDGET_S:
             break
-        for name, call in candidates.items():
-            seconds[name].append(timed(call, repeats[name]))
+        for name in repeats:
+            seconds[name].append(timed(candidates[name], repeats[name]))
     return {name: 1e3 * statistics.median(found) for name, found in seconds.items()}
 
 

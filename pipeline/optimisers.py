@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kernels import language
 from kernels.adam_ema import FusedAdamEma
 from pipeline.config import ConfigError, OptimConfig
-from pipeline.errors import StorageError
+from pipeline.errors import StorageError, UserError
 
 _HOW = "docs/performance.md says how to build it"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -58,10 +59,14 @@ def require_backend(backend: str, device: torch.device) -> None:
     Raises:
         ConfigError: this machine lacks what optim.backend asks for; found out without importing any of it.
     """
+    if backend == "triton" and device.type == "cuda" and not language.AVAILABLE:
+        raise ConfigError(
+            "optim.backend triton needs Triton, which comes with torch for CUDA and is not installed here"
+        )
     if backend != "apex":
         return
     if device.type == "cpu":
-        raise ConfigError("optim.backend must be torch on a CPU, got 'apex'")
+        raise ConfigError("optim.backend must be torch or triton on a CPU, got 'apex'")
     found = importlib.util.find_spec("apex")
     if found is None:
         raise ConfigError(f"optim.backend apex needs NVIDIA's apex, which is not installed; {_HOW}")
@@ -157,14 +162,14 @@ def _steps(tensor: Tensor) -> tuple[int, ...]:
 def check_strides(optimizer: Optimizer) -> None:
     """
     Raises:
-        ConfigError: a gradient or a moment does not lie in memory as its parameter does.
+        UserError: a gradient or a moment does not lie in memory as its parameter does; the same on every rank.
     """
     for group in optimizer.param_groups:
         for number, parameter in enumerate(group["params"]):
             state = optimizer.state.get(parameter, {})
             for name, other in (("grad", parameter.grad), *((key, state.get(key)) for key in _MOMENTS)):
                 if other is not None and _steps(other) != _steps(parameter):
-                    raise ConfigError(
+                    raise UserError(
                         f"optim.backend must be torch where memory lies differently: parameter {number} has strides "
                         f"{parameter.stride()}, its {name} {other.stride()}; got 'apex'"
-                    )
+                    ).on_every_rank()

@@ -81,6 +81,20 @@ def test_a_disturbance_of_one_block_decides_nothing(opened):
     assert opened(watch).pick("batchnorm", "8x8", candidates | {"triton": disturbed}) == "triton"
 
 
+def test_a_candidate_for_which_the_memory_does_not_suffice_beside_the_plain_one_is_left_out(opened):
+    def too_large() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    watch = Watch(eager=0.03, compile=0.02)
+    candidates = {"eager": watch.candidates()["eager"], "graph": too_large, "compile": watch.candidates()["compile"]}
+    made = opened(watch)
+    assert made.pick("mode", "8x8", candidates) == "compile"
+    assert made.said[0].startswith("mode 8x8: compile (eager 30 ms, compile 20 ms; measured ")
+    assert made.said[0].endswith("; no memory for graph beside the others)")
+    with pytest.raises(torch.OutOfMemoryError):
+        made.pick("mode", "16x16", {"eager": too_large, "graph": too_large})
+
+
 def test_a_resumed_run_times_nothing_even_where_the_cache_is_gone(opened, tmp_path):
     first = Watch(torch=0.003, triton=0.002)
     opened(first).pick("batchnorm", "8x8", first.candidates())

@@ -48,14 +48,14 @@ def _deterministic():
     torch.backends.cudnn.benchmark = before[1]
 
 
-def make_step(kind, arithmetic="fp32", **options):
+def make_step(kind, arithmetic="fp32", backend="torch", **options):
     random = torch.Generator().manual_seed(0)
     pair = Generator(NZ, WIDTH, 3, SIDE, SIDE), Discriminator(WIDTH, 3, SIDE, SIDE)
     for network in pair:
         initialise(network, random)
         network.to(device="cuda", memory_format=torch.channels_last)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    cfg = OptimConfig(lr=2.0**-12, ema_half_life_images=5 * N)  # float32 holds that rate
+    cfg = OptimConfig(lr=2.0**-12, ema_half_life_images=5 * N, backend=backend)  # float32 holds that rate
     players = make_players(*pair, cfg, lr=cfg.lr, precision=arithmetic)
     for scaler in (players.scaler_d, players.scaler_g):
         if scaler.is_enabled():
@@ -109,6 +109,18 @@ def test_an_overflow_in_fp16_within_a_graph_skips_one_players_step_and_halves_it
     assert step.players.scaler_d.get_scale() == 2.0**39
     assert torch.equal(state_of(step)["discriminator"], before["discriminator"])
     assert not torch.equal(state_of(step)["generator"], before["generator"])
+
+
+@pytest.mark.parametrize("kind", [FastStep, GraphStep])
+@pytest.mark.parametrize("arithmetic", TOLERANCE)
+def test_our_adam_with_its_average_equals_torchs(arithmetic, kind):
+    loss = LossConfig(d_steps=2)
+    theirs, ours = make_step(FastStep, arithmetic, loss=loss), make_step(kind, arithmetic, "triton", loss=loss)
+    tolerance = TOLERANCE[arithmetic]
+    for i in range(STEPS):
+        found, expected = (step(*data(i), i * N, N) for step in (ours, theirs))
+        assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance / 4), i
+    assert_alike(ours, theirs, tolerance)
 
 
 @pytest.mark.parametrize("arithmetic", TOLERANCE)

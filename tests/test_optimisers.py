@@ -5,11 +5,12 @@ import sys
 import pytest
 import torch
 
+from kernels import language
 from pipeline import checkpoint as checkpoints
 from pipeline.assembly import make_plan
 from pipeline.config import Config, ConfigError, DistributedConfig, LossConfig, OptimConfig
 from pipeline.distributed import Ranks
-from pipeline.errors import StorageError
+from pipeline.errors import StorageError, UserError
 from pipeline.optimisers import check_strides, fit_in, make_adam, require_backend
 from pipeline.step import FastStep
 from tests.players import BATCH, NZ, SIDE, assert_same, snapshot, tiny_players, train_some
@@ -180,11 +181,12 @@ def test_memory_that_lies_differently_is_refused_in_one_line():
     weight.grad = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     apex.step()
     weight.grad = weight.grad.contiguous()
-    with pytest.raises(ConfigError, match=r"^optim\.backend must be .*\(12, 1, 6, 3\), its grad \(12, 4, 2"):
+    with pytest.raises(UserError, match=r"^optim\.backend must be .*\(12, 1, 6, 3\), its grad \(12, 4, 2") as error:
         apex.step()
+    assert error.value.shared
     weight.grad = torch.zeros_like(weight)
     apex.state[weight]["exp_avg_sq"] = apex.state[weight]["exp_avg_sq"].contiguous()
-    with pytest.raises(ConfigError, match="its exp_avg_sq"):
+    with pytest.raises(UserError, match="its exp_avg_sq"):
         apex.step()
     narrow = torch.nn.Parameter(torch.randn(4, 1, 2, 2))  # the stride of a side of one says nothing
     narrow.grad = torch.randn(4, 1, 2, 2).as_strided((4, 1, 2, 2), (4, 1, 2, 1))
@@ -211,7 +213,7 @@ def test_what_is_missing_is_told_in_one_line_without_importing_it(packages, monk
     monkeypatch.setattr(sys, "path", [p for p in sys.path if "site-packages" not in p])
     require_backend("torch", CUDA)
     for device, files, message in [
-        (torch.device("cpu"), (), "optim.backend must be torch on a CPU, got 'apex'"),
+        (torch.device("cpu"), (), "optim.backend must be torch or triton on a CPU, got 'apex'"),
         (CUDA, (), "which is not installed; docs/performance.md says how to build it"),
         (CUDA, ("apex/__init__.py",), "another project of that name, which is what `pip install apex` fetches"),
         (CUDA, ("apex/optimizers/fused_adam.py",), "this one is built without them"),
@@ -223,6 +225,13 @@ def test_what_is_missing_is_told_in_one_line_without_importing_it(packages, monk
         assert "\n" not in str(error.value)
     packages("amp_C.py")
     require_backend("apex", CUDA)
+
+
+def test_ours_needs_triton_on_a_gpu_only(monkeypatch):
+    monkeypatch.setattr(language, "AVAILABLE", False)
+    require_backend("triton", torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"optim\.backend triton needs Triton"):
+        require_backend("triton", CUDA)
 
 
 # --- with apex itself ------------------------------------------------------------------------------------------------
