@@ -103,9 +103,10 @@ def all_variants(
         dataset = open_dataset(own)
         facts = {"source": source, "decoder": choose_decoder(own)[0], "cache": cache or "none", "flip": own.flip}
         facts |= {"dtype": str(normalised or torch.uint8).removeprefix("torch.")}
+        facts |= {"kernel_threads": torch.get_num_threads() if normalised else None}
         return Variant(name, lambda: our_feed(own, dataset, device, batch, threads, cache, normalised), facts)
 
-    plain = {"source": "folder", "cache": "none", "flip": False, "dtype": "uint8"}
+    plain = {"source": "folder", "cache": "none", "flip": False, "dtype": "uint8", "kernel_threads": None}
     found = [Variant(PEER, lambda: plain_pillow(paths, cfg.size, batch), plain | {"decoder": "pillow"})]
     if "dali" in decoders:
         open_dali = lambda: plain_dali(paths, cfg.size, device, batch, threads)  # noqa: E731

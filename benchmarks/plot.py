@@ -1,12 +1,15 @@
 """Draws the recorded rows into docs/: `python -m benchmarks.plot`.
 
 performance.png  left: trained images/s as a ratio to the plain tutorial loop of the same run, with its 95 % interval;
-                 right: images a second of processor time from files to uint8 batches.
+                 middle: that ratio at other sizes of batch and image; right: images a second of processor time from
+                 files to uint8 batches.
 kernels.png      what share of the bound, by this machine's rates of matrix product and copy, each operation reaches:
                  eager, compiled and as we have it.
 scaling.png      left: efficiency of several ranks on one machine; right: the model of many GPUs.
-Each shows the newest run from a clean tree: rates of different runs are never put side by side, so a panel holds the
-rows of one run only.  A picture without rows is left as it is, and that is said.
+Each shows the newest run from a clean tree: rates of different runs are never put side by side.  A bar of the middle
+panel and a line of kernels.png stand for a run each, whose ratio and share are its own; all are of one machine.  A
+picture without rows is left as it is, and that is said.  A training run with the trainer in float32 as well goes before
+a newer one without.
 """
 
 from __future__ import annotations
@@ -51,21 +54,26 @@ OURS, PEER, COMPILED, FAINT = "#1f6f78", "#b8b8b8", "#d08b3e", "#666"
 Rows = list[dict[str, Any]]
 
 
-def newest_run(path: Path, needed: Sequence[str]) -> Rows:
-    """The rows of the newest run in a results file that holds all of these variants, measured from a clean tree.
-
-    Raises:
-        StorageError: there is none.
-    """
+def clean_runs(path: Path) -> list[Rows]:
+    """The rows of each run in a results file that was measured from a clean tree, the newest last."""
     runs: dict[tuple[str, str], dict[tuple[str, int], dict[str, Any]]] = {}
     for row in read_objects(path):
         if not row["dirty"]:
             # What a run has once more goes to the end, so that the last run is the newest.
             key = (row["commit"], row["command"])
             runs[key] = runs.pop(key, {}) | {(row["variant"], row.get("batch_size", 0)): row}
-    for run in reversed(list(runs.values())):
-        if set(needed) <= {variant for variant, _ in run}:
-            return list(run.values())
+    return [list(run.values()) for run in runs.values()]
+
+
+def newest_run(path: Path, needed: Sequence[str]) -> Rows:
+    """The rows of the newest clean run that holds all of these variants.
+
+    Raises:
+        StorageError: there is none.
+    """
+    for run in reversed(clean_runs(path)):
+        if set(needed) <= {row["variant"] for row in run}:
+            return run
     raise StorageError(f"{path} holds no clean run of {', '.join(needed) or 'anything'}")
 
 
@@ -84,21 +92,36 @@ def save(figure: Figure, out: Path, foot: str) -> None:
     plt.close(figure)
 
 
-def ratio_bars(axes: Axes, rows: Rows) -> None:
+def ratio_bars(axes: Axes, rows: Rows, names: Sequence[str], title: str) -> None:
     """Trained images/s of the tutorial's."""
     ratios = [row["ratio_to_tutorial"] for row in rows]
     reach = [[r - row["ratio_interval"][0], row["ratio_interval"][1] - r] for r, row in zip(ratios, rows, strict=True)]
     colours = [PEER if row["variant"] in PEERS else OURS for row in rows]
-    names = [TRAINED[row["variant"]] for row in rows]
     axes.barh(names, ratios, color=colours, xerr=list(zip(*reach, strict=True)), capsize=3)
     axes.set_xlim(0, 1.22 * max(row["ratio_interval"][1] for row in rows))
     for i, row in enumerate(rows):
         axes.annotate(
             f"{ratios[i]:.2f} x", (row["ratio_interval"][1], i), (6, 0), textcoords="offset points", va="center"
         )
-    settings = rows[-1]
-    axes.set_title(f"Training, {settings['image_size']} x {settings['image_size']}, batch {settings['batch_size']}")
+    axes.set_title(title)
     axes.set_xlabel("images/s, of the plain tutorial loop's")
+
+
+def pixels(row: dict[str, Any]) -> str:
+    return f"{row['image_size']} x {row['image_size']}"
+
+
+def sizes_beside(path: Path, shown: dict[str, Any]) -> Rows:
+    """The trainer's newest row of each size of batch and image, by size; of the size shown beside them, that one."""
+    same = ("precision", "ngf", "data", "device", "threads", "hardware")
+    found = {
+        (row["image_size"], row["batch_size"]): row
+        for run in clean_runs(path)
+        for row in run
+        if row["variant"] == "trainer" and row["ratio_to_tutorial"] and all(row[k] == shown[k] for k in same)
+    }
+    found[shown["image_size"], shown["batch_size"]] = shown
+    return [found[key] for key in sorted(found)]
 
 
 def rate_bars(axes: Axes, rows: Rows) -> None:
@@ -121,14 +144,40 @@ def draw_performance(results: Path, out: Path) -> None:
     """
     from matplotlib import pyplot as plt
 
-    found = {row["variant"]: row for row in newest_run(results / "train.jsonl", ["tutorial", "trainer"])}
+    path = results / "train.jsonl"
+    try:
+        run = newest_run(path, ["tutorial", "trainer", "trainer-fp32"])
+    except StorageError:  # where the trainer's precision is that one already
+        run = newest_run(path, ["tutorial", "trainer"])
+    found = {row["variant"]: row for row in run}
     train = [found[name] for name in TRAINED if name in found]
+    shown = found["trainer"]
+    sizes = sizes_beside(path, shown)
     data = {row["variant"]: row for row in newest_run(results / "data.jsonl", list(FED))}
-    height = 0.9 + 0.42 * max(len(train), len(FED))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, height), dpi=150, layout="constrained")
-    ratio_bars(left, train)
+    height = 0.9 + 0.42 * max(len(train), len(FED), len(sizes))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15.5, height), dpi=150, layout="constrained")
+    ratio_bars(left, train, [TRAINED[row["variant"]] for row in train], f"{pixels(shown)}, batch {shown['batch_size']}")
+    names = [f"{pixels(row)}, batch {row['batch_size']}" for row in sizes]
+    ratio_bars(middle, sizes, names, "Trainer, as it chooses, at other sizes")
     rate_bars(right, [data[name] for name in FED])
-    save(figure, out, runs_on(train[-1]))
+    save(figure, out, runs_on(shown))
+
+
+def newest_operations(path: Path) -> Rows:
+    """Each operation's rows of the newest clean run that has it, on the machine and at the sizes of the newest run.
+
+    Raises:
+        StorageError: there are no rows.
+    """
+    runs = clean_runs(path)
+    newest = newest_run(path, [])[0]
+    same = ("batch_size", "precision", "device", "threads", "hardware")
+    found: dict[str, Rows] = {}
+    for run in runs:
+        mine = [row for row in run if all(row[key] == newest[key] for key in same)]
+        for name in dict.fromkeys(row["operation"] for row in mine):
+            found[name] = [row for row in mine if row["operation"] == name]
+    return [row for rows in found.values() for row in rows]
 
 
 def draw_kernels(results: Path, out: Path) -> None:
@@ -140,8 +189,7 @@ def draw_kernels(results: Path, out: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.lines import Line2D
 
-    rows = newest_run(results / "kernels.jsonl", [])
-    rows = [row for row in rows if row["batch_size"] == rows[0]["batch_size"]]
+    rows = newest_operations(results / "kernels.jsonl")
     names = list(dict.fromkeys(row["operation"] for row in rows))[::-1]
     passes = list(dict.fromkeys(row["pass"] for row in rows))
     figure, panels = plt.subplots(

@@ -94,7 +94,7 @@ def files_of(dataset: Dataset, folder: Path) -> list[Path]:
     return paths
 
 
-def peak_memory(cfg: Config, device: torch.device, folder: Path) -> dict[str, float]:
+def short_run(cfg: Config, device: torch.device, folder: Path) -> dict[str, float]:
     """What a short run of the real command needs: `peak_gib` of memory, of the GPU `peak_gpu_gib`, and `first_step_s`.
 
     To be called before this process has grown large: a child starts out with its parent's peak in its account.
@@ -309,7 +309,7 @@ def measure(args: argparse.Namespace, cfg: Config, recorder: Recorder) -> None:
             for name, own in (("trainer", cfg), ("trainer-fp32", in_float32(cfg))):
                 if name in args.parts:
                     say(f"memory of {name}: a run of {MEMORY_STEPS} steps")
-                    peaks[name] = peak_memory(own, device, folder / f"memory-{name}")
+                    peaks[name] = short_run(own, device, folder / f"memory-{name}")
         arithmetic = precision.resolve(cfg.precision, device)
         gemm, flops = roofline.gemm_rate(arithmetic, device), networks_of(cfg).flops
         arms = build_arms(args, cfg, dataset, ranks, folder, stack)

@@ -122,6 +122,7 @@ def _gather_native(
     width: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    assert images.shape[3] <= 64, images.shape  # whole pixels in a register
     memory = torch.empty(len(rows), height, width, images.shape[3], dtype=dtype)
     call = native.library().dcgan_gather_16 if dtype.itemsize == 2 else native.library().dcgan_gather_32
     flip = None if flip is None else flip.view(torch.uint8)
@@ -203,6 +204,6 @@ def gather(
     assert height <= images.shape[1], (height, images.shape)
     assert width <= images.shape[2], (width, images.shape)
     # A registered operator costs as much as 10 images, more where a step has just had the caches to itself.
-    traced = images.device.type != "cpu" or torch.compiler.is_compiling()
-    take = _gather if traced else _gather_on_cpu
+    through_operator = images.device.type != "cpu" or torch.compiler.is_compiling()
+    take = _gather if through_operator else _gather_on_cpu
     return take(images, rows, flip, top, left, height, width, dtype)

@@ -24,7 +24,7 @@ from torch import Tensor
 SOURCES = Path(__file__).resolve().parent / "csrc"
 FLAGS = ("-O3", "-march=sapphirerapids", "-std=gnu11", "-fPIC", "-fopenmp", "-fvisibility=hidden")
 NO_COMPILER = "there is no C compiler (gcc 11 or newer)"
-_NEEDED = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
+_NEEDED = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512vbmi", "bmi2"}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Numbers of malloc.h."""
 COMPILE_S = 300

@@ -8,7 +8,7 @@ from pipeline.interpreter import require_packages
 
 require_packages()
 from pipeline.cli.evaluate import main  # noqa: E402
-from pipeline.distributed import end_process  # noqa: E402
+from pipeline.distributed import program  # noqa: E402
 
 if __name__ == "__main__":
-    end_process(main())
+    program(main)

@@ -13,7 +13,8 @@ from pipeline.signals import heed_as_first_process  # noqa: E402
 
 heed_as_first_process()
 
-from pipeline.cli.train import program  # noqa: E402 - it takes a second, in which a signal may come
+from pipeline.cli.train import main  # noqa: E402 - it takes a second, in which a signal may come
+from pipeline.distributed import program  # noqa: E402
 
 if __name__ == "__main__":
-    program()
+    program(main)

@@ -65,6 +65,8 @@ def settle(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices) -> Plan:
     if cfg.train.mode != "auto":
         return plan
     done_by = f"networks {plan.networks} batchnorm {plan.batchnorm} image_ends {plan.image_ends}"
+    if cfg.optim.backend != "torch":
+        done_by += f" adam {cfg.optim.backend}"
     mode, why = settle_mode(cfg, plan, ranks, choices, f"{wide} {ranks.device.type} {done_by}")
     return dataclasses.replace(plan, mode=mode, reasons=(*plan.reasons, f"mode {mode}: {why}"))
 
@@ -78,12 +80,12 @@ def settle_mode(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices, key: st
     """What train.mode auto means here, and why, as a sentence.
 
     On a GPU each mode's step is measured, on rank 0 with its share of a batch and without the other ranks.  On a CPU
-    nothing is, since compiling takes longer than a small run; what a benchmark has found there before counts.
+    nothing is, since compiling takes longer than a small run: it is eager unless kernels.choices says otherwise.
     """
     arranged = {"train.micro_batch": cfg.train.micro_batch, "distributed.overlap_g": cfg.distributed.overlap_g}
     for setting, value in arranged.items():
         if value:
-            return "eager", f"{setting} goes with no other."
+            return "eager", f"the only one that {setting} works with."
     names = ["eager"]
     if not cfg.distributed.sync_batchnorm:
         if ranks.device.type == "cuda" and cfg.optim.backend != "apex":

@@ -15,6 +15,7 @@ rank has, and tells the others.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -287,9 +288,9 @@ class Choices:
         if len(candidates) == 1:
             return Choice(next(iter(candidates)), "there is nothing else here")
         ms = measure(candidates, self.device, self._clock)
-        too_large = [candidate for candidate in candidates if candidate not in ms]
+        too_large = [candidate for candidate in candidates if candidate not in ms]  # a later run tries them again
         why = "".join(f"; no memory for {candidate} beside the others" for candidate in too_large)
-        choice = Choice(fastest(ms), f"measured {time.strftime('%Y-%m-%d')}{why}", ms)
+        choice = Choice(fastest(ms or dict.fromkeys(candidates, 0.0)), f"measured {time.strftime('%Y-%m-%d')}{why}", ms)
         self._say(choice.line(name))
         if self._cache:
             try:
@@ -321,10 +322,7 @@ def measure(
     """Each candidate's median milliseconds, in blocks that take turns, so that a disturbance meets all of them.
 
     Each runs once beforehand, untimed: what it compiles or allocates then counts for nothing.  One that finds too
-    little of the device's memory beside those before it is left out.
-
-    Raises:
-        torch.OutOfMemoryError: not even the first one fits.
+    little of the device's memory beside the others is left out.
     """
 
     def timed(call: Callable[[], None], repeats: int) -> float:
@@ -337,19 +335,19 @@ def measure(
 
     repeats = {}
     for name, call in candidates.items():
-        try:
+        with contextlib.suppress(torch.OutOfMemoryError):
             timed(call, 1)
             repeats[name] = max(1, min(1000, math.ceil(BLOCK_S / max(timed(call, 1), 1e-6))))
-        except torch.OutOfMemoryError:
-            if not repeats:
-                raise
     seconds: dict[str, list[float]] = {name: [] for name in repeats}
     begun = clock()
     for block in range(BLOCKS):
         if block >= LEAST_BLOCKS and clock() - begun > BUDGET_S:
             break
-        for name in repeats:
-            seconds[name].append(timed(candidates[name], repeats[name]))
+        for name in list(seconds):
+            try:
+                seconds[name].append(timed(candidates[name], repeats[name]))
+            except torch.OutOfMemoryError:
+                del seconds[name]
     return {name: 1e3 * statistics.median(found) for name, found in seconds.items()}
 
 

@@ -161,8 +161,8 @@ class TrainConfig:
     """Minutes after which this start saves and stops as if preempted, for a queue's time limit; 0: no such limit."""
     mode: Literal["auto", "eager", "reference", "compile", "graph"] = "auto"
     """How a step runs: reference is the tutorial's arrangement, eager a faster one of equal results, compile the same
-    by torch.compile, graph the same as one CUDA graph; auto: the fastest of these on a GPU, measured at the run's first
-    start, and eager on a CPU unless another has been measured to be faster there."""
+    by torch.compile, graph the same as one CUDA graph; auto: on a GPU the fastest of eager, graph and, in long runs,
+    compile, measured at the run's first start; on a CPU eager, unless kernels.choices says otherwise."""
     micro_batch: int = 0
     """Images of a rank that go through the networks at a time, for batches that do not fit into memory; 0: all of them.
     Gradients add up over these; BatchNorm has its own statistics for each. At least 2, a divisor of a rank's part."""

@@ -11,7 +11,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -101,9 +101,32 @@ def num_threads(cfg: DistributedConfig, local_world_size: int) -> int:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one.  Not after an error: with a rank gone it may wait for ever."""
+    """Leave the process group, if there is one.  Not after an error that one rank meets alone: with a rank gone it may
+    wait for ever."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def leaving_together() -> Iterator[None]:
+    """Leave the process group at the end, and after an error that every rank raises."""
+    try:
+        yield
+    except (ConfigError, UserError) as error:
+        if error.shared:
+            stop()
+        raise
+    stop()
+
+
+def program(main: Callable[[], int]) -> NoReturn:
+    """A rank's main() as all that its process does."""
+    try:
+        code = main()
+    except Exception:  # noqa: BLE001  told as the interpreter does, which must not end this process itself
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    end_process(code)
 
 
 def end_process(code: int) -> NoReturn:
@@ -115,7 +138,7 @@ def end_process(code: int) -> NoReturn:
     if code or dist.is_initialized():
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # closed at the other end: nobody is left to tell
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # closed: nobody is left to tell
                 stream.flush()
         os._exit(code)
     sys.exit(code)

@@ -22,6 +22,12 @@ class UserError(Exception):
         return self
 
 
+class SettingsError(UserError):
+    """Settings of which only training could find out that they cannot work."""
+
+    exit_code = 2
+
+
 class DataError(UserError):
     """The photographs: missing, empty, unreadable, not the ones of the checkpoint."""
 

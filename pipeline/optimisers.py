@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from kernels import language
 from kernels.adam_ema import FusedAdamEma
 from pipeline.config import ConfigError, OptimConfig
-from pipeline.errors import StorageError, UserError
+from pipeline.errors import SettingsError, StorageError
 
 _HOW = "docs/performance.md says how to build it"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -162,14 +162,14 @@ def _steps(tensor: Tensor) -> tuple[int, ...]:
 def check_strides(optimizer: Optimizer) -> None:
     """
     Raises:
-        UserError: a gradient or a moment does not lie in memory as its parameter does; the same on every rank.
+        SettingsError: a gradient or a moment does not lie in memory as its parameter does; the same on every rank.
     """
     for group in optimizer.param_groups:
         for number, parameter in enumerate(group["params"]):
             state = optimizer.state.get(parameter, {})
             for name, other in (("grad", parameter.grad), *((key, state.get(key)) for key in _MOMENTS)):
                 if other is not None and _steps(other) != _steps(parameter):
-                    raise UserError(
+                    raise SettingsError(
                         f"optim.backend must be torch where memory lies differently: parameter {number} has strides "
                         f"{parameter.stride()}, its {name} {other.stride()}; got 'apex'"
                     ).on_every_rank()

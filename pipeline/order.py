@@ -31,7 +31,7 @@ class Order:
             # The epoch is the lane, so image numbers of one epoch never meet those of another.
             bits = words(self.seed, Stream.ORDER, items, lane=epoch).astype(np.uint64)
             self._epochs[epoch] = np.argsort(bits[:, 0] << np.uint64(32) | bits[:, 1], kind="stable")
-            while len(self._epochs) > 2:  # a batch spans two epochs at most where it is smaller than the set
+            while len(self._epochs) > 2:  # ascending numbers never come back to one before
                 self._epochs.popitem(last=False)
         return self._epochs[epoch]
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pipeline.optimisers import that_averages
 from pipeline.step import REAL, FastStep, Seen, Turn
 
 
@@ -24,6 +25,7 @@ class OverlappedStep(FastStep):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         assert not self.joint
+        assert that_averages(self.players.optimizer_g) is None, "its average would follow an update still to come"
         self._late: list[float | Tensor] | None = None
         """G's learning rates of an update that is still to be made."""
         self._average: float | Tensor | None = None

@@ -21,7 +21,7 @@ _IDENTITY = ("model.nz", "model.ngf", "model.ndf", "model.spectral_norm", "data.
 """Another value of these makes another run of it."""
 _LATER = {"model.spectral_norm": False}
 """What is meant by the manifest of a checkpoint that is older than the setting."""
-_LATER_LAYOUT = {"compress": "none", "overlap_g": False, "micro_batch": 0, "backend": "torch", "bucket_cap_mb": 4.0}
+_LATER_LAYOUT = {"compress": "none", "overlap_g": False, "micro_batch": 0, "backend": "torch"}
 """The same of its layout."""
 
 
@@ -71,7 +71,6 @@ def layout(
         "cache": cache,
         "jpeg_fancy_upsampling": cfg.data.jpeg_fancy_upsampling,
         "sync_batchnorm": cfg.distributed.sync_batchnorm,
-        "bucket_cap_mb": cfg.distributed.bucket_cap_mb,
         "compress": cfg.distributed.compress,
         "overlap_g": cfg.distributed.overlap_g,
         "micro_batch": cfg.train.micro_batch,

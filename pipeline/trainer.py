@@ -40,6 +40,9 @@ from pipeline.watch import Diverging
 _CAUSE_PATIENCE_S = 1.5
 """A rank that lost another waits so long for that one's own account of what happened."""
 
+_LATER_S = 1.1
+"""So long after the loss it gives torchrun its own: in a later second than the one that was lost."""
+
 
 class Run:
     """One rank's part of a run."""
@@ -263,13 +266,23 @@ class Run:
 
     def failed(self, error: BaseException, code: int) -> None:
         """Write down what ended this rank, and into status.json what ended the run first."""
-        with contextlib.suppress(OSError):  # a full disk
-            get_error_handler().record_exception(error)  # torchrun names the rank whose file is the oldest
+        seen = time.monotonic()
+        lost = distributed.lost_peer(error)
+        if not lost:
+            self._tell_torchrun(error)
         if self.folder.ready:
             try:
                 self._write_failure(error, code)
             except (OSError, StorageError) as problem:  # a full disk, say: the exit code still tells
                 print(f"cannot write down how it ended: {problem}", file=sys.stderr, flush=True)
+        if lost:
+            time.sleep(max(0.0, _LATER_S - (time.monotonic() - seen)))
+            self._tell_torchrun(error)
+
+    def _tell_torchrun(self, error: BaseException) -> None:
+        """It names the rank whose account is the oldest, by the second; of two in the same second, the lower rank."""
+        with contextlib.suppress(OSError):  # a full disk
+            get_error_handler().record_exception(error)
 
     def _write_failure(self, error: BaseException, code: int) -> None:
         if isinstance(error, UserError | ConfigError) and error.shared:
@@ -319,14 +332,9 @@ def run(cfg: Config, config_yaml: str, folder: Path) -> None:
         session = Run(cfg, config_yaml, folder, ranks, signals)
         signals.at_once = session.ended_at_once
         try:
-            with outcome_in_status(session):
+            with distributed.leaving_together(), outcome_in_status(session):
                 session.execute()
         except Preempted as stop:
             if stop.images_seen:  # all ranks leave together; before the first step each leaves when its signal comes
                 distributed.stop()
             raise
-        except (ConfigError, UserError) as error:
-            if error.shared:
-                distributed.stop()
-            raise
-        distributed.stop()

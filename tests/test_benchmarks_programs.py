@@ -179,6 +179,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 def trained(variant: str, ratio: float, **facts) -> dict:
     interval = {"ratio_interval": [0.9 * ratio, 1.1 * ratio], "image_size": 64, "batch_size": 128}
+    interval |= {"precision": "bf16", "ngf": 64, "data": "photos.zip"}
     return {"variant": variant, "ratio_to_tutorial": ratio} | interval | facts
 
 
@@ -227,3 +228,42 @@ def test_the_newest_run_is_the_last_that_has_all(tmp_path):
     write_rows(tmp_path / "train.jsonl", rows)
     found = {row["variant"]: row for row in plot.newest_run(tmp_path / "train.jsonl", ["tutorial", "trainer"])}
     assert found["trainer"]["ratio_to_tutorial"] == 5
+
+
+def test_other_sizes_stand_beside_the_newest_run_where_all_else_is_alike(tmp_path):
+    path = tmp_path / "train.jsonl"
+    rows = [
+        trained("trainer", 3.0, command="1", batch_size=64),
+        trained("trainer", 4.0, command="2", batch_size=64),
+        trained("tutorial", 1.0, command="3"),
+        trained("trainer", 6.0, command="3"),
+        trained("trainer", 7.0, command="4", batch_size=256),
+        trained("trainer", 1.3, command="5", precision="fp32"),
+        trained("trainer", 9.0, command="6", batch_size=512, ngf=32),
+        trained("trainer", 5.0, command="7", image_size=128),
+        trained("trainer", 5.0, command="8", batch_size=32, ratio_to_tutorial=None),
+    ]
+    write_rows(path, rows)
+    found = plot.sizes_beside(path, MACHINE | rows[3])
+    sizes = [(row["image_size"], row["batch_size"], row["ratio_to_tutorial"]) for row in found]
+    assert sizes == [(64, 64, 4.0), (64, 128, 6.0), (64, 256, 7.0), (128, 128, 5.0)]
+
+
+def test_an_operation_measured_again_takes_its_own_line_only(tmp_path):
+    facts = {"batch_size": 128, "precision": "bf16"}
+    rows = [
+        {"operation": name, "command": command, "variant": f"{name}/{way}", "way": way, **facts, **extra}
+        for name, command, way, extra in (
+            ("bn", "all", "eager", {}),
+            ("gather", "all", "eager", {}),
+            ("gather", "all", "old", {}),
+            ("conv", "elsewhere", "eager", {"batch_size": 64}),
+            ("gather", "one", "eager", {}),
+            ("gather", "one", "new", {}),
+        )
+    ]
+    write_rows(tmp_path / "kernels.jsonl", rows)
+    found = [
+        (row["operation"], row["command"], row["way"]) for row in plot.newest_operations(tmp_path / "kernels.jsonl")
+    ]
+    assert found == [("bn", "all", "eager"), ("gather", "one", "eager"), ("gather", "one", "new")]

@@ -102,7 +102,7 @@ def test_what_a_graph_cannot_record_is_not_tried(tmp_path, monkeypatch):
     parts = dataclasses.replace(CFG, train=dataclasses.replace(CFG.train, micro_batch=2))
     assert settle_mode(parts, plan, ranks, choices(tmp_path), "key") == (
         "eager",
-        "train.micro_batch goes with no other.",
+        "the only one that train.micro_batch works with.",
     )
     late = dataclasses.replace(CFG, distributed=DistributedConfig(overlap_g=True))
     assert settle_mode(late, plan, ranks, choices(tmp_path), "key")[0] == "eager"
@@ -117,6 +117,10 @@ def test_what_a_graph_cannot_record_is_not_tried(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     settle_mode(apex, plan, ranks, Measuring(CPU, machine={"device": "cpu"}), "key")
     assert tried == ["eager"]
+    tried.clear()
+    ours = dataclasses.replace(CFG, optim=OptimConfig(backend="triton"))
+    settle_mode(ours, plan, ranks, Measuring(CPU, machine={"device": "cpu"}), "key")
+    assert tried == ["eager", "graph"]
 
 
 def test_what_is_measured_is_a_step_of_the_mode(monkeypatch):

@@ -91,8 +91,23 @@ def test_a_candidate_for_which_the_memory_does_not_suffice_beside_the_plain_one_
     assert made.pick("mode", "8x8", candidates) == "compile"
     assert made.said[0].startswith("mode 8x8: compile (eager 30 ms, compile 20 ms; measured ")
     assert made.said[0].endswith("; no memory for graph beside the others)")
-    with pytest.raises(torch.OutOfMemoryError):
-        made.pick("mode", "16x16", {"eager": too_large, "graph": too_large})
+    assert made.pick("mode", "16x16", {"eager": too_large, "graph": too_large}) == "eager"
+    assert made.said[1].startswith("mode 16x16: eager (measured ")
+
+
+def test_a_candidate_that_runs_out_of_memory_while_it_is_timed_is_left_out_as_well(opened):
+    watch = Watch(eager=0.03, graph=0.01)
+    candidates = watch.candidates()
+    fits = candidates["graph"]
+
+    def later() -> None:
+        fits()
+        if watch.calls["graph"] == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    made = opened(watch)
+    assert made.pick("mode", "8x8", candidates | {"graph": later}) == "eager"
+    assert "no memory for graph" in made.said[0]
 
 
 def test_a_resumed_run_times_nothing_even_where_the_cache_is_gone(opened, tmp_path):

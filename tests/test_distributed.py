@@ -155,6 +155,30 @@ def test_what_only_says_that_another_rank_is_gone_is_known_as_such():
     assert not distributed.lost_peer(RuntimeError("shapes do not match"))
 
 
+@pytest.mark.parametrize(
+    ("error", "left"),
+    [(None, True), (StorageError("disk").on_every_rank(), True), (StorageError("disk"), False), (OSError(), False)],
+)
+def test_a_group_is_left_at_the_end_and_after_an_error_of_all(tmp_path, error, left):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with contextlib.suppress(StorageError, OSError), distributed.leaving_together():
+            if error:
+                raise error
+        assert dist.is_initialized() is not left
+    finally:
+        distributed.stop()
+
+
+def test_a_closed_stream_changes_no_exit_code():
+    program = "import sys; from pipeline.distributed import program; sys.stdout = None; program(lambda: 65)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=100, cwd=ROOT).returncode == 65
+    failing = "from pipeline.distributed import program; program(lambda: 1 / 0)"
+    done = subprocess.run([sys.executable, "-c", failing], capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "ZeroDivisionError: division by zero"
+
+
 @contextlib.contextmanager
 def expects_no_group_afterwards(_launch: int, _rank: int):
     yield

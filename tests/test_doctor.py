@@ -136,6 +136,17 @@ def test_the_least_versions_are_those_of_setup_py():
     assert software.numbers("2.9.1") < software.numbers("2.11")
 
 
+def test_triton_wants_a_compiler_where_there_is_a_gpu(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("shutil.which", lambda _name: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert only(software.triton()).state == "ok"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check = only(software.triton())
+    assert check.state == "warning"
+    assert check.advice.startswith("apt install gcc python3-dev; or --kernels.batchnorm torch ")
+
+
 def test_a_package_that_is_missing_or_too_old_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     check = only(software.other("tqdm"))

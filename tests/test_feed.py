@@ -305,7 +305,7 @@ def test_on_a_cpu_the_c_kernel_gives_what_normalising_the_batch_would(
             assert torch.equal(batch, normalize(images, dtype))
     with bench.open(kind, normalised=torch.bfloat16, **plain) as feed:
         feed.next()
-        assert 0 < feed.wait_s < 10
+        assert feed.wait_s > 0
         feed.close()
         with pytest.raises(RuntimeError, match="the feed is closed"):
             feed.next()

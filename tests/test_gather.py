@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import native
-from kernels.gather import _gather, gather, gather_reference
+from kernels.gather import _gather, _table, gather, gather_reference
 from kernels.language import INTERPRETED
 from tests.numerics import DEVICES, FLOATS, fresh_memory_is_nan, load_native
 
@@ -80,6 +80,21 @@ def test_every_byte_is_the_value_that_a_decoder_would_have_given(dtype: torch.dt
     every = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
     result = gather(every.to(device), torch.zeros(1, dtype=torch.int64, device=device), dtype)
     assert_equal(result.cpu(), (every.permute(0, 3, 1, 2).float() / 127.5 - 1).to(dtype))
+
+
+@pytest.mark.parametrize("width", [5, 21, 22, 64])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_nothing_is_written_behind_the_last_row(channels: int, width: int):
+    """What is written beyond another row's end, the next row covers."""
+    if not native.loaded():
+        pytest.skip("of the C kernel")
+    images, rows, *_ = draw((5, 6, width, channels, 6, width, 6), "cpu")
+    for flip in (None, torch.ones(6, dtype=torch.uint8)):
+        memory = torch.full((6 * 6 * width * channels + 64,), 7.0, dtype=torch.bfloat16)
+        tensors = (images, rows, flip, None, None, _table(torch.bfloat16), memory)
+        native.library().dcgan_gather_16(*map(native.pointer, tensors), 6, 6, width, 6, width, channels)
+        assert (memory[:-64].abs() <= 1).all()
+        assert (memory[-64:] == 7).all()
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

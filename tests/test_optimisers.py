@@ -10,7 +10,7 @@ from pipeline import checkpoint as checkpoints
 from pipeline.assembly import make_plan
 from pipeline.config import Config, ConfigError, DistributedConfig, LossConfig, OptimConfig
 from pipeline.distributed import Ranks
-from pipeline.errors import StorageError, UserError
+from pipeline.errors import SettingsError, StorageError
 from pipeline.optimisers import check_strides, fit_in, make_adam, require_backend
 from pipeline.step import FastStep
 from tests.players import BATCH, NZ, SIDE, assert_same, snapshot, tiny_players, train_some
@@ -181,12 +181,12 @@ def test_memory_that_lies_differently_is_refused_in_one_line():
     weight.grad = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     apex.step()
     weight.grad = weight.grad.contiguous()
-    with pytest.raises(UserError, match=r"^optim\.backend must be .*\(12, 1, 6, 3\), its grad \(12, 4, 2") as error:
+    with pytest.raises(SettingsError, match=r"^optim\.backend must be .*\(12, 1, 6, 3\), its grad \(12, 4, 2") as error:
         apex.step()
     assert error.value.shared
     weight.grad = torch.zeros_like(weight)
     apex.state[weight]["exp_avg_sq"] = apex.state[weight]["exp_avg_sq"].contiguous()
-    with pytest.raises(UserError, match="its exp_avg_sq"):
+    with pytest.raises(SettingsError, match="its exp_avg_sq"):
         apex.step()
     narrow = torch.nn.Parameter(torch.randn(4, 1, 2, 2))  # the stride of a side of one says nothing
     narrow.grad = torch.randn(4, 1, 2, 2).as_strided((4, 1, 2, 2), (4, 1, 2, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from pipeline.config import (
     OptimConfig,
     TrainConfig,
 )
+from pipeline.micro_batches import MicroBatchStep
 from pipeline.schedule import Schedule
 from pipeline.step import FastStep, ReferenceStep
 from pipeline.step_compiled import CompiledStep, compile_problem
@@ -131,6 +133,28 @@ def test_a_step_in_the_memory_of_a_recording_equals_the_eager_one(techniques, pr
     assert recorder.num_apart + recorder.num_launched == 10
     assert recorder.num_apart == sum(r.steps for r in graph.recordings.values())
     assert recorder.num_recorded == sum(r.launch is not None for r in graph.recordings.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [
+        (ReferenceStep, {}),
+        (FastStep, {"joint": True}),
+        (CompiledStep, {"backend": "aot_eager"}),
+        (MicroBatchStep, {"micro_batch": N // 2}),
+        (GraphStep, {"recorder": Replayer()}),
+    ],
+)
+@pytest.mark.parametrize("half_life", [0, 40])
+def test_our_adam_with_its_average_equals_torchs_in_every_kind_of_step(kind, extra, half_life):
+    optim = dataclasses.replace(EXACT, ema_half_life_images=half_life)
+    options = {"half_life": half_life, "loss": LossConfig(d_steps=2), **extra}
+    theirs = make_step(kind, networks(), optim=optim, **options)
+    ours = make_step(kind, networks(), optim=dataclasses.replace(optim, backend="triton"), **options)
+    for i in range(2 * WARM_UP_STEPS + 2):
+        assert torch.equal(*(step(*data(i), i * N, N) for step in (ours, theirs))), i
+    # In a graph torch's average is moved by three operations in place of one.
+    assert_alike(ours, theirs, TOLERANCE["fp32"], set(state_of(theirs)) - ({"ema"} if kind is GraphStep else set()))
 
 
 def test_a_kind_of_step_is_recorded_once_after_its_first_steps_and_has_memory_of_its_own():

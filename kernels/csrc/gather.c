@@ -21,7 +21,7 @@ static inline __m512i look_up(const table16 *table, __m256i bytes) {
     return _mm512_mask_blend_epi16(bit7, low, high);
 }
 
-/* count <= 64 bytes, the rest of them 0, as numbers to `to`. */
+/* The first count <= 64 bytes as numbers to `to`. */
 static inline void put(uint16_t *to, const table16 *table, __m512i bytes, int count) {
     const __mmask64 wanted = _bzhi_u64(~0ull, count);
     _mm512_mask_storeu_epi16(to, (__mmask32)wanted, look_up(table, _mm512_castsi512_si256(bytes)));

@@ -42,11 +42,12 @@ PARTS = {"swd": "swd_", "ms_ssim": "ms_ssim_real", "kid": "kid_std", "inception_
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    # What every rank finds wrong is told by one of them.
-    code = run(NAME, lambda: evaluate(distributed.together(lambda: _read(arguments))))
-    if code == 0:
-        distributed.stop()
-    return code
+
+    def body() -> None:
+        with distributed.leaving_together():
+            evaluate(distributed.together(lambda: _read(arguments)))
+
+    return run(NAME, body)  # what every rank finds wrong is told by one of them
 
 
 def _read(arguments: Sequence[str] | None) -> argparse.Namespace:

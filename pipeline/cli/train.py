@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -45,16 +45,6 @@ def main(argv: list[str] | None = None) -> int:
         leave_outcome("failed", 1, f"{type(error).__name__}: {error}")
         raise
     return 0 if code == Preempted.exit_code and distributed.under_torchrun() else code
-
-
-def program() -> NoReturn:
-    """main() as all that this process does."""
-    try:
-        code = main()
-    except Exception:  # noqa: BLE001  as the interpreter does, which must not end this process itself
-        sys.excepthook(*sys.exc_info())
-        code = 1
-    distributed.end_process(code)
 
 
 def train(argv: list[str]) -> int:

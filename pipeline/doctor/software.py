@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import io
+import os
 import platform
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -180,11 +182,20 @@ def native_kernels() -> list[Check]:
 
 
 def triton() -> list[Check]:
-    """Optional: torch's own kernels do the same work."""
+    """Optional: torch's own kernels do the same work, but for optim.backend triton on a GPU."""
     try:
         module = importlib.import_module("triton")
     except TROUBLE as error:
-        return [ok("triton", f"not there, and not needed ({first_line(error)})")]
+        return [ok("triton", f"not there; torch's kernels do the same work ({first_line(error)})")]
+    try:
+        on_gpu = importlib.import_module("torch").cuda.is_available()
+    except TROUBLE:
+        on_gpu = False  # torch has a line of its own
+    compilers = (os.environ.get("CC") or "gcc", "gcc", "clang")  # Triton's own order
+    if on_gpu and not any(map(shutil.which, compilers)):
+        trouble = "on a GPU it needs a C compiler, and there is none: training ends at its start"
+        without = " ".join(f"--kernels.{name} torch" for name in ("batchnorm", "image_ends", "gather"))
+        return [warning("triton", trouble, f"apt install gcc python3-dev; or {without}")]
     return [ok("triton", module.__version__)]
 
 
