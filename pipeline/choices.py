@@ -45,6 +45,8 @@ BLOCK_S = 0.02
 """A block repeats a candidate for about so long."""
 BUDGET_S = 3.0
 """After so long a measurement ends with the blocks it has, LEAST_BLOCKS at least."""
+LONG_S, CLEAR = 0.1, 1.5
+"""A candidate that takes so long, and so many times the fastest one's time, need not be timed again."""
 MARGIN = 0.02
 """The first candidate, the plain one, stays unless another takes so much less."""
 
@@ -333,22 +335,24 @@ def measure(
             torch.cuda.synchronize(device)
         return (clock() - start) / repeats
 
-    repeats = {}
+    once = {}
     for name, call in candidates.items():
         with contextlib.suppress(torch.OutOfMemoryError):
             timed(call, 1)
-            repeats[name] = max(1, min(1000, math.ceil(BLOCK_S / max(timed(call, 1), 1e-6))))
+            once[name] = max(timed(call, 1), 1e-6)
+    clear = max(LONG_S, CLEAR * min(once.values(), default=0.0))
+    repeats = {name: max(1, min(1000, math.ceil(BLOCK_S / s))) for name, s in once.items() if s < clear}
     seconds: dict[str, list[float]] = {name: [] for name in repeats}
     begun = clock()
-    for block in range(BLOCKS):
+    for block in range(BLOCKS if len(repeats) > 1 else 0):
         if block >= LEAST_BLOCKS and clock() - begun > BUDGET_S:
             break
         for name in list(seconds):
             try:
                 seconds[name].append(timed(candidates[name], repeats[name]))
             except torch.OutOfMemoryError:
-                del seconds[name]
-    return {name: 1e3 * statistics.median(found) for name, found in seconds.items()}
+                del seconds[name], once[name]
+    return {name: 1e3 * statistics.median(seconds.get(name) or [s]) for name, s in once.items()}
 
 
 def fastest(ms: Mapping[str, float]) -> str:

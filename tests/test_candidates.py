@@ -132,7 +132,7 @@ def test_what_is_measured_is_a_step_of_the_mode(monkeypatch):
     assert len(calls) == module._STEPS_BEFORE["cpu"] + 2
     mode, (images, latents, seen, batch_size) = calls[-1]
     assert (mode, images.shape, images.dtype, latents.shape) == ("graph", (4, 16, 16, 3), torch.uint8, (4, 4))
-    assert (seen, batch_size) == (8, 4)  # the second one that is timed goes on from the first
+    assert (seen, batch_size) == (4 * (module._STEPS_BEFORE["cpu"] + 1), 4)  # the second goes on from the first
 
 
 def test_a_feed_normalises_only_on_a_gpu_from_its_memory_without_colours(monkeypatch):
