@@ -8,8 +8,8 @@ kernels.png      what share of the bound, by this machine's rates of matrix prod
 scaling.png      left: efficiency of several ranks on one machine; right: the model of many GPUs.
 Each shows the newest run from a clean tree: rates of different runs are never put side by side.  A bar of the middle
 panel and a line of kernels.png stand for a run each, whose ratio and share are its own; all are of one machine.  A
-picture without rows is left as it is, and that is said.  A training run with the trainer in float32 as well goes before
-a newer one without.
+picture without rows is left as it is, and that is said.  The left panel takes the newest of the training runs with the
+most variants, so that one that was made for another size does not take its place.
 """
 
 from __future__ import annotations
@@ -65,15 +65,18 @@ def clean_runs(path: Path) -> list[Rows]:
     return [list(run.values()) for run in runs.values()]
 
 
-def newest_run(path: Path, needed: Sequence[str]) -> Rows:
+def newest_run(path: Path, needed: Sequence[str], *, fullest: bool = False) -> Rows:
     """The rows of the newest clean run that holds all of these variants.
+
+    Args:
+        fullest: of those with the most rows.
 
     Raises:
         StorageError: there is none.
     """
-    for run in reversed(clean_runs(path)):
-        if set(needed) <= {row["variant"] for row in run}:
-            return run
+    runs = [run for run in clean_runs(path) if set(needed) <= {row["variant"] for row in run}]
+    if runs:
+        return max(reversed(runs), key=len) if fullest else runs[-1]
     raise StorageError(f"{path} holds no clean run of {', '.join(needed) or 'anything'}")
 
 
@@ -145,11 +148,7 @@ def draw_performance(results: Path, out: Path) -> None:
     from matplotlib import pyplot as plt
 
     path = results / "train.jsonl"
-    try:
-        run = newest_run(path, ["tutorial", "trainer", "trainer-fp32"])
-    except StorageError:  # where the trainer's precision is that one already
-        run = newest_run(path, ["tutorial", "trainer"])
-    found = {row["variant"]: row for row in run}
+    found = {row["variant"]: row for row in newest_run(path, ["tutorial", "trainer"], fullest=True)}
     train = [found[name] for name in TRAINED if name in found]
     shown = found["trainer"]
     sizes = sizes_beside(path, shown)

@@ -226,8 +226,13 @@ def test_the_newest_run_is_the_last_that_has_all(tmp_path):
     rows += [trained("tutorial", 1, command="3"), trained("trainer", 3, command="3")]
     rows += [trained("trainer", 9, command="3", dirty=True), trained("trainer", 5, command="1")]
     write_rows(tmp_path / "train.jsonl", rows)
-    found = {row["variant"]: row for row in plot.newest_run(tmp_path / "train.jsonl", ["tutorial", "trainer"])}
+    path = tmp_path / "train.jsonl"
+    found = {row["variant"]: row for row in plot.newest_run(path, ["tutorial", "trainer"])}
     assert found["trainer"]["ratio_to_tutorial"] == 5
+    more = [trained(v, r, command="4") for v, r in (("tutorial", 1), ("trainer", 6), ("loader-2", 2))]
+    write_rows(path, [*more, *rows])
+    found = {row["variant"]: row for row in plot.newest_run(path, ["tutorial", "trainer"], fullest=True)}
+    assert found["trainer"]["ratio_to_tutorial"] == 6
 
 
 def test_other_sizes_stand_beside_the_newest_run_where_all_else_is_alike(tmp_path):
