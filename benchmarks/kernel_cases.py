@@ -131,10 +131,10 @@ def normalize_cases(setting: Setting) -> Iterator[Case]:
 
 
 @functools.cache
-def _native() -> bool:
-    """Whether the AMX kernels are to be had here; why not is said once."""
+def _native(dtype: torch.dtype) -> bool:
+    """Whether the C kernels for this type are to be had here; why not is said once."""
     try:
-        native.load(cache_folder(DataConfig()))
+        native.load(cache_folder(DataConfig()), dtype)
     except native.NativeError as error:
         say(f"native is left out: {error}")
         return False
@@ -142,11 +142,11 @@ def _native() -> bool:
 
 
 def _pixel_major(setting: Setting, function: Function, x: Tensor, *others: Tensor) -> dict[str, Way]:
-    """An AMX kernel over activations (H, W, N, C) with float32 weights, where it can work at this shape."""
+    """A C kernel over activations (H, W, N, C) with float32 weights, where it can work at this shape."""
     channels = [side for t in (x, *others) for side in t.shape[:2] if t.dim() == 4 and side > 4]
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or setting.batch % pixel_major.IMAGES:
+    if x.device.type != "cpu" or x.dtype not in pixel_major.IMAGES or setting.batch % pixel_major.IMAGES[x.dtype]:
         return {}
-    if any(c % pixel_major.CHANNELS for c in channels if c != setting.batch) or not _native():
+    if any(c % pixel_major.CHANNELS for c in channels if c != setting.batch) or not _native(x.dtype):
         return {}
     moved = x.detach() if x.shape[1] <= 4 else pixel_major.from_images(x.detach())
 
@@ -265,7 +265,7 @@ def gather_cases(setting: Setting) -> Iterator[Case]:
         Cost(2 * numbers, numbers * (1 + setting.dtype.itemsize)),  # a byte read, a value written
         # Which kernel the operator takes is its own business: C's on a CPU, where it is loaded.
         ours={
-            "native" if setting.device.type == "cpu" and _native() else "custom": Way(
+            "native" if setting.device.type == "cpu" and _native(torch.bfloat16) else "custom": Way(
                 lambda images, rows, flip: gather(images, rows, setting.dtype, flip=flip)
             )
         },

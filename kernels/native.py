@@ -1,5 +1,8 @@
 """The C kernels of kernels/csrc: compiled once a machine by its C compiler, loaded without any further package.
 
+There are two libraries.  That for bfloat16 is for processors with AMX; that for float32 for any with AVX2, and takes
+AVX-512 where it is there.
+
 Plain C and ctypes rather than torch.utils.cpp_extension: it takes the compiler two seconds instead of a minute, needs
 neither C++ nor ninja nor Python's headers, and one library serves every version of torch.  It is linked with no OpenMP
 of its own: its loops run on the threads that torch has already started, since two teams on the same cores would wait
@@ -22,15 +25,20 @@ import torch
 from torch import Tensor
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
-FLAGS = ("-O3", "-march=sapphirerapids", "-std=gnu11", "-fPIC", "-fopenmp", "-fvisibility=hidden")
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fvisibility=hidden")
 NO_COMPILER = "there is no C compiler (gcc 11 or newer)"
-_NEEDED = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512vbmi", "bmi2"}
+_FOR_AMX = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512vbmi", "bmi2"}
+_FOR_AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_FOR_AVX2 = {"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"}
+_BELOW_AVX512 = {"AVX2", "AVX2_VNNI", "AVX2_VNNI_2"}
+_BELOW_AVX2 = {"SSE41", "AVX"}
+"""Limits that ONEDNN_MAX_CPU_ISA may set, which hold here too: who measures a smaller processor means all of it."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Numbers of malloc.h."""
 COMPILE_S = 300
 """Seconds after which a compiler is given up."""
 
-_library: ctypes.CDLL | None = None
+_libraries: dict[torch.dtype, ctypes.CDLL] = {}
 
 
 class NativeError(Exception):
@@ -38,37 +46,56 @@ class NativeError(Exception):
 
 
 def default_folder() -> Path:
-    """Where the compiled library is kept if nobody says otherwise."""
+    """Where the compiled libraries are kept if nobody says otherwise."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "dcgan-faces"
 
 
-def loaded() -> bool:
+def loaded(dtype: torch.dtype = torch.bfloat16) -> bool:
     """Whether `load` has succeeded in this process."""
-    return _library is not None
+    return dtype in _libraries
 
 
-def load(folder: Path | None = None) -> None:
+def load(folder: Path | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
     """Make the C kernels ready, compiling them where `folder` does not hold them yet.  May be called again.
 
     Args:
         folder: where the library is kept; processes may share it.
+        dtype: bfloat16 or float32: which of the libraries.
 
     Raises:
-        NativeError: the processor has no AMX, there is no compiler, or it failed.
+        NativeError: the processor has not the instructions, there is no compiler, or it failed.
     """
-    global _library
-    if _library is not None:
+    assert dtype in (torch.bfloat16, torch.float32), dtype
+    if dtype in _libraries:
         return
-    if not torch.cpu._is_amx_tile_supported():
-        raise NativeError("the processor has no AMX")
-    missing = _NEEDED - _cpu_flags()
-    if missing:
-        raise NativeError(f"the processor lacks {', '.join(sorted(missing))}")
-    found = _build(folder or default_folder())
-    if found.dcgan_amx_begin():
+    sources = SOURCES / "float32" if dtype == torch.float32 else SOURCES
+    found = _build(folder or default_folder(), sources, (*FLAGS, f"-march={processor(dtype)}"))
+    if dtype == torch.bfloat16 and found.dcgan_amx_begin():
         raise NativeError("the system does not let programs use AMX tiles")
     _keep_freed_memory()
-    _library = found
+    _libraries[dtype] = found
+
+
+def processor(dtype: torch.dtype) -> str:
+    """What the library for this type is compiled for here, by gcc's name: x86-64-v4 is AVX-512, x86-64-v3 AVX2.
+
+    Raises:
+        NativeError: the processor has not the instructions, or ONEDNN_MAX_CPU_ISA forbids them.
+    """
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
+    if dtype == torch.bfloat16:
+        if not torch.cpu._is_amx_tile_supported():
+            raise NativeError("the processor has no AMX")
+        if limit not in ("ALL", "DEFAULT") and "AMX" not in limit:
+            raise NativeError(f"ONEDNN_MAX_CPU_ISA={limit} forbids AMX")
+        _need(_FOR_AMX)
+        return "sapphirerapids"
+    if limit in _BELOW_AVX2:
+        raise NativeError(f"ONEDNN_MAX_CPU_ISA={limit} forbids AVX2")
+    if _cpu_flags() >= _FOR_AVX2 | _FOR_AVX512 and limit not in _BELOW_AVX512:
+        return "x86-64-v4"
+    _need(_FOR_AVX2)
+    return "x86-64-v3"
 
 
 def _keep_freed_memory() -> None:
@@ -83,10 +110,16 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def library() -> ctypes.CDLL:
+def library(dtype: torch.dtype = torch.bfloat16) -> ctypes.CDLL:
     """The C kernels, after `load`."""
-    assert _library is not None, "native.load() comes first"
-    return _library
+    assert dtype in _libraries, f"native.load(dtype={dtype}) comes first"
+    return _libraries[dtype]
+
+
+def _need(flags: set[str]) -> None:
+    missing = flags - _cpu_flags()
+    if missing:
+        raise NativeError(f"the processor lacks {', '.join(sorted(missing))}")
 
 
 def _cpu_flags() -> set[str]:
@@ -106,18 +139,18 @@ def _compiler() -> list[str]:
     raise NativeError(NO_COMPILER)
 
 
-def _digest() -> str:
+def _digest(sources: Path, flags: tuple[str, ...]) -> str:
     """Changes whenever the compiled library would."""
-    content = hashlib.sha256(repr(FLAGS).encode())
-    for path in sorted(SOURCES.glob("*.[ch]")):
+    content = hashlib.sha256(repr(flags).encode())
+    for path in sorted(sources.glob("*.[ch]")):
         content.update(path.name.encode() + path.read_bytes())
     return content.hexdigest()[:16]
 
 
-def _build(folder: Path) -> ctypes.CDLL:
+def _build(folder: Path, sources: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
     """The kept library, or one that is compiled now; kept only when it can be loaded."""
     try:
-        target = folder / f"native-{_digest()}.so"
+        target = folder / f"native-{_digest(sources, flags)}.so"
         if target.exists():
             with contextlib.suppress(OSError):  # cut short, or made for another system: made anew
                 return ctypes.CDLL(str(target))
@@ -125,9 +158,9 @@ def _build(folder: Path) -> ctypes.CDLL:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="native-") as scratch:
             made, objects = Path(scratch) / "library.so", []
-            for source in sorted(SOURCES.glob("*.c")):
+            for source in sorted(sources.glob("*.c")):
                 objects.append(str(Path(scratch) / f"{source.stem}.o"))
-                _run(*compiler, *FLAGS, "-c", str(source), "-o", objects[-1])
+                _run(*compiler, *flags, "-c", str(source), "-o", objects[-1])
             # Without -fopenmp: OpenMP's functions are left for torch's own libgomp to fill in.
             _run(*compiler, "-shared", "-o", str(made), *objects)
             found = ctypes.CDLL(str(made))

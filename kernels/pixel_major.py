@@ -1,23 +1,20 @@
-"""The layers of DCGAN on a CPU with AMX, in bf16, over activations (H, W, N, C): the images of a pixel side by side.
+"""The layers of DCGAN on a CPU over activations (H, W, N, C), the images of a pixel side by side: in bf16 or float32.
 
 Why this order of memory, and how the arithmetic is done, stands in csrc/; here is what torch's autograd sees.  Images
 go in and come out as everywhere else, (N, C, H, W) in channels-last; weights and their gradients are float32 with the
 channels innermost, as parameters of a channels-last network are.  Sums are float32; what is stored is rounded once.
-Results do not depend on the number of threads.
+Results do not depend on the number of threads.  Which kernels compute is the activations' dtype: `native.load` has to
+have made those ready.
 
 Every operation has a `_reference` beside it, in plain PyTorch, any float dtype: the definition that it is tested
 against.  No operation has a second derivative.
 
-Legend: N images, divisible by 16; H x W pixels; C_s and C_l channels of the small and of the large picture that a
-convolution 4x4, stride 2, padding 1 joins, divisible by 32; C channels of an image, 1 to 4.
+Legend: N images, in bf16 divisible by 16; H x W pixels; C_s and C_l channels of the small and of the large picture
+that a convolution 4x4, stride 2, padding 1 joins, divisible by 32; C channels of an image, 1 to 4.
 """
 
 from __future__ import annotations
 
-import math
-from ctypes import c_double as _double
-from ctypes import c_float as _float
-from ctypes import c_size_t as _size
 from typing import Any
 
 import torch
@@ -25,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from kernels.native import library, pointer
+from kernels import native_layers
 
-IMAGES = 16
+IMAGES = {torch.bfloat16: 16, torch.float32: 1}
 """A batch must be divisible by this."""
 CHANNELS = 32
 """And every number of channels but the image's by this."""
@@ -94,40 +91,10 @@ def _as_weight(memory: Tensor) -> Tensor:
 
 
 def _check(x: Tensor, *channels: int) -> None:
-    assert x.dtype == torch.bfloat16, x.dtype
+    assert x.dtype in IMAGES, x.dtype
     assert x.is_contiguous(), x.stride()
-    assert x.shape[2] % IMAGES == 0, x.shape
+    assert x.shape[2] % IMAGES[x.dtype] == 0, x.shape
     assert all(c % CHANNELS == 0 for c in channels), channels
-
-
-def _down(large: Tensor, weight: Tensor) -> Tensor:
-    (height, width, n, cl), cs = large.shape, weight.shape[0]
-    packed = torch.empty(cs * 16 * cl, dtype=torch.bfloat16)
-    small = torch.empty(height // 2, width // 2, n, cs, dtype=torch.bfloat16)
-    library().dcgan_pack_down(pointer(weight), pointer(packed), cs, cl)
-    library().dcgan_down(pointer(large), pointer(packed), pointer(small), height // 2, width // 2, n, cs, cl)
-    return small
-
-
-def _up(small: Tensor, weight: Tensor) -> Tensor:
-    (height, width, n, cs), cl = small.shape, weight.shape[3]
-    packed = torch.empty(cs * 16 * cl, dtype=torch.bfloat16)
-    large = torch.empty(2 * height, 2 * width, n, cl, dtype=torch.bfloat16)
-    library().dcgan_pack_up(pointer(weight), pointer(packed), cs, cl)
-    library().dcgan_up(pointer(small), pointer(packed), pointer(large), height, width, n, cs, cl)
-    return large
-
-
-def _grad(small: Tensor, large: Tensor) -> Tensor:
-    (height, width, n, cs), cl = small.shape, large.shape[3]
-    padded = math.ceil(n / 32) * 32
-    transposed = torch.empty(height * width * padded * cs, dtype=torch.bfloat16)
-    pairs = torch.empty(4 * height * width * padded * cl, dtype=torch.bfloat16)
-    grad = torch.empty(cs, 4, 4, cl)
-    library().dcgan_pack_transposed(pointer(small), pointer(transposed), height * width, n, cs)
-    library().dcgan_pack_pairs(pointer(large), pointer(pairs), 4 * height * width, n, cl)
-    library().dcgan_grad(pointer(transposed), pointer(pairs), pointer(grad), height, width, n, cs, cl)
-    return grad
 
 
 class _Conv(Function):
@@ -135,15 +102,15 @@ class _Conv(Function):
     def forward(ctx: Any, large: Tensor, weight: Tensor) -> Tensor:
         memory = _weight_memory(weight)
         ctx.save_for_backward(large, memory)
-        return _down(large, memory)
+        return native_layers.down(large, memory)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_small: Tensor) -> tuple[Tensor | None, Tensor | None]:
         large, memory = ctx.saved_tensors
         d_small = d_small.contiguous()
-        d_large = _up(d_small, memory) if ctx.needs_input_grad[0] else None
-        d_weight = _as_weight(_grad(d_small, large)) if ctx.needs_input_grad[1] else None
+        d_large = native_layers.up(d_small, memory) if ctx.needs_input_grad[0] else None
+        d_weight = _as_weight(native_layers.grad(d_small, large)) if ctx.needs_input_grad[1] else None
         return d_large, d_weight
 
 
@@ -152,15 +119,15 @@ class _ConvTranspose(Function):
     def forward(ctx: Any, small: Tensor, weight: Tensor) -> Tensor:
         memory = _weight_memory(weight)
         ctx.save_for_backward(small, memory)
-        return _up(small, memory)
+        return native_layers.up(small, memory)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_large: Tensor) -> tuple[Tensor | None, Tensor | None]:
         small, memory = ctx.saved_tensors
         d_large = d_large.contiguous()
-        d_small = _down(d_large, memory) if ctx.needs_input_grad[0] else None
-        d_weight = _as_weight(_grad(small, d_large)) if ctx.needs_input_grad[1] else None
+        d_small = native_layers.down(d_large, memory) if ctx.needs_input_grad[0] else None
+        d_weight = _as_weight(native_layers.grad(small, d_large)) if ctx.needs_input_grad[1] else None
         return d_small, d_weight
 
 
@@ -168,11 +135,11 @@ def conv(large: Tensor, weight: Tensor) -> Tensor:
     """Convolution 4x4, stride 2, padding 1.
 
     Args:
-        large: (2H, 2W, N, C_l) bf16.
+        large: (2H, 2W, N, C_l) bf16 or float32.
         weight: (C_s, C_l, 4, 4) float32.
 
     Returns:
-        (H, W, N, C_s) bf16.
+        (H, W, N, C_s) bf16 or float32.
     """
     _check(large, *weight.shape[:2])
     return _Conv.apply(large, weight)
@@ -182,60 +149,27 @@ def conv_transpose(small: Tensor, weight: Tensor) -> Tensor:
     """Transposed convolution 4x4, stride 2, padding 1.
 
     Args:
-        small: (H, W, N, C_s) bf16.
+        small: (H, W, N, C_s) bf16 or float32.
         weight: (C_s, C_l, 4, 4) float32.
 
     Returns:
-        (2H, 2W, N, C_l) bf16.
+        (2H, 2W, N, C_l) bf16 or float32.
     """
     _check(small, *weight.shape[:2])
     return _ConvTranspose.apply(small, weight)
 
 
 def _image_memory(images: Tensor) -> Tensor:
-    """(N, C, H, W) bf16 as (N, H, W, C) contiguous: a view of channels-last images."""
-    assert images.dtype == torch.bfloat16, images.dtype
+    """(N, C, H, W) as (N, H, W, C) contiguous: a view of channels-last images."""
+    assert images.dtype in IMAGES, images.dtype
     return images.permute(0, 2, 3, 1).contiguous()
-
-
-def _image_down(images: Tensor, weight: Tensor, slope: float) -> Tensor:
-    (n, height, width, c), cs = images.shape, weight.shape[0]
-    packed = torch.empty(cs * 64, dtype=torch.bfloat16)
-    out = torch.empty(height // 2, width // 2, n, cs, dtype=torch.bfloat16)
-    library().dcgan_image_pack_down(pointer(weight), pointer(packed), cs, c)
-    _done(
-        library().dcgan_image_down(
-            pointer(images), pointer(packed), pointer(out), _float(slope), height // 2, width // 2, n, cs, c
-        )
-    )
-    return out
-
-
-def _image_up(small: Tensor, weight: Tensor) -> Tensor:
-    (height, width, n, cs), c = small.shape, weight.shape[3]
-    packed = torch.empty(16 * cs * 16, dtype=torch.bfloat16)
-    images = torch.empty(n, 2 * height, 2 * width, c, dtype=torch.bfloat16)
-    library().dcgan_image_pack_up(pointer(weight), pointer(packed), cs, c)
-    library().dcgan_image_up(pointer(small), pointer(packed), pointer(images), height, width, n, cs, c)
-    return images
-
-
-def _image_grad(small: Tensor, images: Tensor) -> Tensor:
-    (height, width, n, cs), c = small.shape, images.shape[3]
-    grad, partial = torch.empty(cs, 4, 4, c), torch.empty(height * cs * 64)
-    _done(
-        library().dcgan_image_grad(
-            pointer(small), pointer(images), pointer(grad), pointer(partial), height, width, n, cs, c
-        )
-    )
-    return grad
 
 
 class _ImageConv(Function):
     @staticmethod
     def forward(ctx: Any, images: Tensor, weight: Tensor, slope: float) -> Tensor:
         memory, weight_memory = _image_memory(images), _weight_memory(weight)
-        out = _image_down(memory, weight_memory, slope)
+        out = native_layers.image_down(memory, weight_memory, slope)
         ctx.save_for_backward(memory, weight_memory, out)
         ctx.slope = slope
         return out
@@ -244,12 +178,9 @@ class _ImageConv(Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         images, weight, out = ctx.saved_tensors
-        d_out, d_sum = d_out.contiguous(), torch.empty_like(out)
-        library().dcgan_leaky_backward(
-            pointer(out), pointer(d_out), pointer(d_sum), _float(ctx.slope), _size(out.numel())
-        )
-        d_images = _image_up(d_sum, weight).permute(0, 3, 1, 2) if ctx.needs_input_grad[0] else None
-        d_weight = _as_weight(_image_grad(d_sum, images)) if ctx.needs_input_grad[1] else None
+        d_sum = native_layers.leaky_backward(out, d_out.contiguous(), ctx.slope)
+        d_images = native_layers.image_up(d_sum, weight).permute(0, 3, 1, 2) if ctx.needs_input_grad[0] else None
+        d_weight = _as_weight(native_layers.image_grad(d_sum, images)) if ctx.needs_input_grad[1] else None
         return d_images, d_weight, None
 
 
@@ -258,15 +189,15 @@ class _ImageConvTranspose(Function):
     def forward(ctx: Any, small: Tensor, weight: Tensor) -> Tensor:
         memory = _weight_memory(weight)
         ctx.save_for_backward(small, memory)
-        return _image_up(small, memory).permute(0, 3, 1, 2)
+        return native_layers.image_up(small, memory).permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_images: Tensor) -> tuple[Tensor | None, Tensor | None]:
         small, weight = ctx.saved_tensors
         memory = _image_memory(d_images)
-        d_small = _image_down(memory, weight, 1.0) if ctx.needs_input_grad[0] else None
-        d_weight = _as_weight(_image_grad(small, memory)) if ctx.needs_input_grad[1] else None
+        d_small = native_layers.image_down(memory, weight, 1.0) if ctx.needs_input_grad[0] else None
+        d_weight = _as_weight(native_layers.image_grad(small, memory)) if ctx.needs_input_grad[1] else None
         return d_small, d_weight
 
 
@@ -274,15 +205,15 @@ def image_conv(images: Tensor, weight: Tensor, slope: float) -> Tensor:
     """Convolution 4x4, stride 2, padding 1 of images, then a leaky ReLU.
 
     Args:
-        images: (N, C, 2H, 2W) bf16, best in channels-last.
+        images: (N, C, 2H, 2W) bf16 or float32, best in channels-last.
         weight: (C_s, C, 4, 4) float32.
         slope: of the leaky ReLU, above 0.
 
     Returns:
-        (H, W, N, C_s) bf16.
+        (H, W, N, C_s) bf16 or float32.
     """
     assert slope > 0, slope  # the backward pass reads the sign off the output
-    assert images.shape[0] % IMAGES == 0, images.shape
+    assert images.shape[0] % IMAGES[images.dtype] == 0, images.shape
     assert images.shape[1] <= 4, images.shape
     assert weight.shape[0] % CHANNELS == 0, weight.shape
     return _ImageConv.apply(images, weight, slope)
@@ -292,11 +223,11 @@ def image_conv_transpose(small: Tensor, weight: Tensor) -> Tensor:
     """Transposed convolution 4x4, stride 2, padding 1 to images.
 
     Args:
-        small: (H, W, N, C_s) bf16.
+        small: (H, W, N, C_s) bf16 or float32.
         weight: (C_s, C, 4, 4) float32.
 
     Returns:
-        (N, C, 2H, 2W) bf16, channels-last.
+        (N, C, 2H, 2W) bf16 or float32, channels-last.
     """
     _check(small, weight.shape[0])
     assert weight.shape[1] <= 4, weight.shape
@@ -317,14 +248,9 @@ class _BatchNormAct(Function):
         slope: float,
         num_groups: int,
     ) -> Tensor:
-        height, width, n, c = x.shape
-        y = torch.empty_like(x)
-        mean, rstd = torch.empty(num_groups, c), torch.empty(num_groups, c)
-        scratch = torch.empty(height * width * num_groups * 2 * c)
-        library().dcgan_batchnorm_forward(
-            *map(pointer, (x, y, weight, bias, mean, rstd, running_mean, running_var, scratch)),
-            _double(momentum), _double(eps), _float(slope), height * width, n, c, num_groups,
-        )  # fmt: skip
+        y, mean, rstd = native_layers.batchnorm_forward(
+            x, weight, bias, running_mean, running_var, momentum, eps, slope, num_groups
+        )
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.slope, ctx.num_groups = slope, num_groups
         return y
@@ -332,16 +258,8 @@ class _BatchNormAct(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        (height, width, n, c), groups = x.shape, ctx.num_groups
-        dy = dy.contiguous()
-        dx, d_weight, d_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
-        scratch, means = torch.empty(height * width * groups * 2 * c), torch.empty(groups * 2 * c)
-        library().dcgan_batchnorm_backward(
-            *map(pointer, (x, dy, dx, weight, bias, mean, rstd, d_weight, d_bias, scratch, means)),
-            _float(ctx.slope), height * width, n, c, groups,
-        )  # fmt: skip
-        return dx, d_weight, d_bias, None, None, None, None, None, None
+        gradients = native_layers.batchnorm_backward(*ctx.saved_tensors, dy.contiguous(), ctx.slope, ctx.num_groups)
+        return *gradients, None, None, None, None, None, None
 
 
 def batchnorm_act(
@@ -358,7 +276,7 @@ def batchnorm_act(
     """BatchNorm by the batch's own statistics, then a leaky ReLU (slope 0: a ReLU).
 
     Args:
-        x: (H, W, N, C) bf16.
+        x: (H, W, N, C) bf16 or float32.
         weight, bias: (C) float32.
         running_mean, running_var: (C) float32, moved in place as torch.nn.BatchNorm2d moves them, for one group of
             images after the other; None: there are none.
@@ -366,13 +284,9 @@ def batchnorm_act(
         num_groups: equal consecutive parts of N, each normalised by its own statistics.
 
     Returns:
-        (H, W, N, C) bf16.
+        (H, W, N, C) bf16 or float32.
     """
     _check(x, x.shape[3])
-    assert x.shape[2] % (2 * num_groups) == 0, (x.shape, num_groups)
+    assert x.shape[2] % num_groups == 0, (x.shape, num_groups)
+    assert x.dtype == torch.float32 or x.shape[2] // num_groups % 2 == 0, (x.shape, num_groups)
     return _BatchNormAct.apply(x, weight, bias, running_mean, running_var, momentum, eps, slope, num_groups)
-
-
-def _done(failed: int) -> None:
-    if failed:
-        raise MemoryError("no memory for the scratch space of a convolution")

@@ -142,7 +142,7 @@ def build_step(cfg: Config, plan: Plan, ranks: Ranks) -> Step:
     """The networks under their optimisers, wrapped for many ranks, in the arrangement of the plan."""
     generator, discriminator = build_networks(cfg, ranks.device)
     for network in (generator, discriminator):
-        network.native = plan.networks == "native"
+        network.native = precision.dtype_of(plan.precision) if plan.networks == "native" else None
         network.batchnorm_act = plan.batchnorm
         network.image_ends = plan.image_ends
     if cfg.distributed.sync_batchnorm:

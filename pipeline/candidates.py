@@ -51,7 +51,7 @@ def settle(cfg: Config, plan: Plan, ranks: Ranks, choices: Choices) -> Plan:
     size = f"{share}x{cfg.data.nc}x{cfg.data.size[0]}x{cfg.data.size[1]} {plan.precision}"
     wide = f"{size} ngf {cfg.model.ngf} ndf {cfg.model.ndf}"
     networks, problem = network_candidates(cfg, plan, ranks)
-    if problem and plan.precision == "bf16" and ranks.device.type == "cpu":
+    if problem and ranks.device.type == "cpu":
         distributed.together(lambda: _refuse_native(cfg, problem))
         plan = dataclasses.replace(plan, reasons=(*plan.reasons, f"networks by torch: {problem}"))
     plan = dataclasses.replace(plan, networks=choices.pick("networks", wide, networks, cfg.kernels.networks))
@@ -140,23 +140,23 @@ def network_candidates(cfg: Config, plan: Plan, ranks: Ranks) -> tuple[Candidate
 
 
 def _native_problem(cfg: Config, plan: Plan, ranks: Ranks) -> str:
-    """Why the AMX kernels cannot train these networks here; empty: they can, and are loaded."""
-    if ranks.device.type != "cpu" or plan.precision != "bf16":
-        return "the AMX kernels are for bf16 on a CPU"
+    """Why the C kernels cannot train these networks here; empty: they can, and are loaded."""
+    if ranks.device.type != "cpu" or plan.precision not in ("bf16", "fp32"):
+        return "the C kernels are for bf16 and fp32 on a CPU"
     if plan.mode == "compile":
-        return "torch.compile does not see into the AMX kernels"
+        return "torch.compile does not see into the C kernels"
     if cfg.loss.r1 or cfg.loss.gradient_penalty:
-        return "the AMX kernels have no second derivative, which a penalty takes"
-    at_a_time = cfg.train.micro_batch or cfg.per_rank(ranks.world_size)
-    problem = native_problem(*make_networks(cfg, torch.device("meta")), at_a_time)
+        return "the C kernels have no second derivative, which a penalty takes"
+    at_a_time, dtype = cfg.train.micro_batch or cfg.per_rank(ranks.world_size), precision.dtype_of(plan.precision)
+    problem = native_problem(*make_networks(cfg, torch.device("meta")), at_a_time, dtype)
     if problem:
-        return f"the AMX kernels cannot run them: {problem}"
+        return f"the C kernels cannot run them: {problem}"
 
     def load() -> str:
         try:
-            native.load(cache_folder(cfg.data))
+            native.load(cache_folder(cfg.data), dtype)
         except native.NativeError as error:
-            return f"the AMX kernels are not to be had: {error}"
+            return f"the C kernels are not to be had: {error}"
         return ""
 
     return distributed.leader_first(ranks, load)

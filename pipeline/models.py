@@ -144,8 +144,8 @@ class Generator(nn.Module):
 
     batchnorm_act: Kernels = "torch"
     image_ends: Kernels = "torch"
-    native: bool = False
-    """Train through the AMX kernels, where `native_problem` finds nothing against it."""
+    native: torch.dtype | None = None
+    """Train through the C kernels where the step computes in this dtype: see `native_problem`."""
 
     def __init__(self, nz: int, ngf: int, nc: int, height: int, width: int) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class Generator(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, latents: Tensor) -> Tensor:
-        if self.native and _trains_in_bf16(self):
+        if _trains_natively(self):
             return torch.tanh(self._pixel_major(latents))
         inner: list[nn.Module]
         last: Any
@@ -188,8 +188,8 @@ class Discriminator(nn.Module):
 
     batchnorm_act: Kernels = "torch"
     image_ends: Kernels = "torch"
-    native: bool = False
-    """Train through the AMX kernels, where `native_problem` finds nothing against it."""
+    native: torch.dtype | None = None
+    """Train through the C kernels where the step computes in this dtype: see `native_problem`."""
 
     def __init__(self, ndf: int, nc: int, height: int, width: int, *, spectral_norm: bool = False) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class Discriminator(nn.Module):
                 parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
 
     def forward(self, images: Tensor, num_groups: int = 1) -> Tensor:
-        if self.native and _trains_in_bf16(self):
+        if _trains_natively(self):
             return self._pixel_major(images, num_groups)
         inner: list[nn.Module]
         first: Any
@@ -222,16 +222,19 @@ class Discriminator(nn.Module):
     def _pixel_major(self, images: Tensor, num_groups: int) -> Tensor:
         first, *hidden, last = (m for m in self.layers if isinstance(m, nn.Conv2d))
         norms = [m for m in self.layers if isinstance(m, nn.BatchNorm2d)]
-        x = pixel_major.image_conv(images.to(torch.bfloat16), first.weight, LEAK)
+        x = pixel_major.image_conv(images.to(self.native), first.weight, LEAK)
         for conv, norm in zip(hidden, norms, strict=True):
             x = _normalised(norm, pixel_major.conv(x, conv.weight), LEAK, num_groups)
         # The whole picture under one weight; products and sum in float32.
         return (x.float() * last.weight.permute(0, 2, 3, 1)[0, :, :, None]).sum((0, 1, 3))
 
 
-def _trains_in_bf16(network: nn.Module) -> bool:
-    """The kernels are for training steps; pictures and checks go the plain way, in float32."""
-    return network.training and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+def _trains_natively(network: Generator | Discriminator) -> bool:
+    """The kernels are for training steps, in the dtype of the step; pictures and checks go the plain way."""
+    if network.native is None or not network.training:
+        return False
+    computes_in = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    return network.native == computes_in
 
 
 def _normalised(norm: nn.BatchNorm2d, x: Tensor, slope: float, num_groups: int = 1) -> Tensor:
@@ -244,11 +247,12 @@ def _normalised(norm: nn.BatchNorm2d, x: Tensor, slope: float, num_groups: int =
     )
 
 
-def native_problem(generator: Generator, discriminator: Discriminator, images: int) -> str:
+def native_problem(generator: Generator, discriminator: Discriminator, images: int, dtype: torch.dtype) -> str:
     """Why these networks cannot train through kernels/pixel_major.py, in a few words; empty: they can.
 
     Args:
         images: of a step on each rank.
+        dtype: that the step computes in, bfloat16 or float32.
     """
     norms = [m for network in (generator, discriminator) for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     first: Any = discriminator.layers[0]
@@ -257,8 +261,8 @@ def native_problem(generator: Generator, discriminator: Discriminator, images: i
         return "they know no spectral norm"
     if any(c % pixel_major.CHANNELS for c in channels):
         return f"they take channels by {pixel_major.CHANNELS}"
-    if images % pixel_major.IMAGES:
-        return f"they take images by {pixel_major.IMAGES}, and a rank's part of the batch is {images}"
+    if images % pixel_major.IMAGES[dtype]:
+        return f"they take images by {pixel_major.IMAGES[dtype]}, and a rank's part of the batch is {images}"
     return ""
 
 

@@ -45,9 +45,9 @@ def fresh_memory_is_nan() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def load_native() -> None:
+def load_native(dtype: torch.dtype = torch.bfloat16) -> None:
     """The C kernels ready, or the test skipped with the reason why they cannot be."""
     try:
-        native.load()
+        native.load(dtype=dtype)
     except native.NativeError as error:
         pytest.skip(f"no C kernels here: {error}")

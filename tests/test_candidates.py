@@ -48,7 +48,10 @@ def choices(tmp_path, **options) -> Choices:
 def test_on_a_cpu_the_plan_is_eager_and_torchs_and_says_why(tmp_path):
     plan = settle(CFG, PLAN, ONE, choices(tmp_path))
     assert (plan.mode, plan.networks, plan.batchnorm, plan.gather) == ("eager", "torch", "torch", "torch")
-    assert plan.reasons == ("mode eager: on a CPU, where no other is known to be faster.",)
+    assert plan.reasons == (
+        "networks by torch: the C kernels cannot run them: they take channels by 32",
+        "mode eager: on a CPU, where no other is known to be faster.",
+    )
 
 
 def test_on_a_cpu_a_mode_that_was_measured_to_be_faster_is_taken_with_its_figures(tmp_path):
@@ -68,13 +71,14 @@ def test_on_a_cpu_a_mode_that_was_measured_to_be_faster_is_taken_with_its_figure
     plan = settle(CFG, PLAN, ONE, choices(tmp_path))
     assert plan.mode == ("eager" if module.compile_problem(CPU) else "compile")
     if plan.mode == "compile":
-        assert plan.reasons[0].startswith("mode compile: eager 30 ms, compile 20 ms; measured 20")
+        assert plan.reasons[-1].startswith("mode compile: eager 30 ms, compile 20 ms; measured 20")
 
 
 def test_a_mode_that_was_asked_for_is_neither_measured_nor_explained(tmp_path):
     cfg = Config(data=CFG.data, model=CFG.model, train=TrainConfig(batch_size=4, mode="reference"))
     plan = settle(cfg, Plan("pillow", "none", "fp32", "reference", (), 10, 40), ONE, choices(tmp_path))
-    assert (plan.mode, plan.reasons) == ("reference", ())
+    assert plan.mode == "reference"
+    assert not any(reason.startswith("mode") for reason in plan.reasons)
 
 
 @pytest.mark.parametrize(("images", "names"), [(1000, ["eager", "graph"]), (10_000_000, ["eager", "graph", "compile"])])
@@ -136,7 +140,7 @@ def test_what_is_measured_is_a_step_of_the_mode(monkeypatch):
 
 
 def test_a_feed_normalises_only_on_a_gpu_from_its_memory_without_colours(monkeypatch):
-    monkeypatch.setattr(native, "_library", None)
+    monkeypatch.setattr(native, "_libraries", {})
     fits = {"cache": "device", "channels_last": True}
     assert can_normalise(DataConfig(flip=True, crop_margin=3), GPU, **fits)
     assert not can_normalise(DataConfig(hue=3.0), GPU, **fits)

@@ -165,16 +165,22 @@ def test_a_package_that_is_missing_or_too_old_is_named(monkeypatch):
     assert only(software.python("3.10.4")).state == "failed"
 
 
-def test_amx_without_a_compiler_is_a_warning_and_no_amx_is_none(monkeypatch):
-    def no_compiler(_folder: Path | None = None) -> None:
+def test_c_kernels_without_a_compiler_are_a_warning_and_without_the_instructions_they_are_not(monkeypatch):
+    def no_compiler(_folder: Path | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
         raise native.NativeError(native.NO_COMPILER)
 
+    def too_old(_dtype: torch.dtype) -> str:
+        raise native.NativeError("the processor lacks avx2")
+
     monkeypatch.setattr(native, "load", no_compiler)
-    for amx, state in ((True, "warning"), (False, "ok")):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        check = only(software.native_kernels())
-        assert check.state == state
-        assert "there is no C compiler" in check.found
+    monkeypatch.setattr(native, "processor", lambda _dtype: "x86-64-v3")
+    check = only(software.native_kernels())
+    assert (check.state, check.advice) == ("warning", "apt install gcc")
+    assert "there is no C compiler" in check.found
+    monkeypatch.setattr(native, "processor", too_old)
+    check = only(software.native_kernels())
+    assert check.state == "ok"
+    assert "the processor lacks avx2" in check.found
 
 
 def test_dalis_package_goes_with_torchs_cuda():

@@ -23,7 +23,7 @@ CASES = [  # M, S, T, C, H, W, N
 def _by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU the plain way, then the C kernel."""
     if request.param == "torch":
-        monkeypatch.setattr(native, "_library", None)
+        monkeypatch.setattr(native, "_libraries", {})
     elif INTERPRETED:
         pytest.skip("the interpreter is asked about Triton's kernel")
     else:

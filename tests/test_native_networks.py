@@ -1,4 +1,4 @@
-"""Both networks through the AMX kernels: the tutorial's steps, the same state, two ranks, and when they are taken."""
+"""Both networks through the C kernels: the tutorial's steps, the same state, two ranks, and when they are taken."""
 
 import copy
 import dataclasses
@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kernels import native
+from kernels import native, native_layers
 from pipeline.assembly import make_plan
 from pipeline.candidates import settle
 from pipeline.choices import Choices
@@ -15,6 +15,8 @@ from pipeline.config import Config, ConfigError, DataConfig, DistributedConfig, 
 from pipeline.distributed import Ranks, wrap
 from pipeline.index import open_dataset
 from pipeline.models import Discriminator, Generator, native_problem
+from pipeline.precision import dtype_of
+from pipeline.sampling import recalibrated
 from pipeline.step import METERS, FastStep, ReferenceStep
 from tests.images import jpeg_bytes, portrait
 from tests.numerics import load_native
@@ -34,33 +36,37 @@ from tests.test_step import (
 N, WIDTH = 32, 32
 
 
-@pytest.fixture(autouse=True)
-def _native():
-    load_native()
+@pytest.fixture(params=["bf16", "fp32"])
+def precision(request):
+    load_native(dtype_of(request.param))
+    return request.param
 
 
-def native_networks():
+def native_networks(precision):
     pair = networks(width=WIDTH)
     for network in pair:
-        network.native = True
+        network.native = dtype_of(precision)
     return pair
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("kind", [ReferenceStep, FastStep])
-def test_three_steps_equal_the_tutorials(kind, joint, channels_last):
+def test_three_steps_equal_the_tutorials(kind, joint, channels_last, precision):
     theirs = networks(width=WIDTH)
-    expected = tutorial_steps(*theirs, 3, "bf16", N)
+    expected = tutorial_steps(*theirs, 3, precision, N)
     in_float32 = tutorial_steps(*networks(width=WIDTH), 1, "fp32", N)
-    step = make_step(kind, native_networks(), "bf16", joint, channels_last)
-    tolerance = TOLERANCE["bf16"]
+    step = make_step(kind, native_networks(precision), precision, joint, channels_last)
+    tolerance = TOLERANCE[precision]
     for i in range(3):
         meters = dict(zip(METERS, step(*data(i, N), i * N, N).tolist(), strict=True))
         for name in TUTORIALS:
             assert meters[name] == pytest.approx(expected[i]["meters"][name], rel=tolerance, abs=tolerance / 4), name
         for name in ("d", "g"):
-            if i == 0:
+            # Later an activation that is almost 0 may fall to the other side, as with torch's own kernels for AVX2.
+            if i == 0 and precision == "fp32":
+                assert relative(step.caught[name], expected[i][name]) < tolerance / 10, name
+            elif i == 0:
                 bound = AS_CLOSE_AS_THE_TUTORIAL * relative(expected[i][name], in_float32[i][name])
                 assert relative(step.caught[name], in_float32[i][name]) < bound, name
     for ours, theirs_ in zip((step.players.generator, step.players.discriminator), theirs, strict=True):
@@ -71,36 +77,43 @@ def test_three_steps_equal_the_tutorials(kind, joint, channels_last):
                 assert value == theirs_.get_buffer(name), name
 
 
-def test_pictures_and_float32_go_the_plain_way():
-    generator, discriminator = native_networks()
-    _, latents = data(0, 5)  # five images: the kernels would not take them
+def test_pictures_and_other_precisions_go_the_plain_way(precision, monkeypatch):
+    def never(*_arguments: object) -> None:
+        raise AssertionError("a C kernel was called")
+
+    monkeypatch.setattr(native_layers, "_function", never)
+    generator, discriminator = native_networks(precision)
+    _, latents = data(0, 5)  # five images: those for bf16 would not take them
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "fp32"):
+        discriminator(generator(latents))
     with torch.no_grad():
-        images = generator(latents)
-        discriminator(images)
+        recalibrated(generator, latents.shape[1], images=10, batch=5)
         generator.eval()
+        generator(latents)
         with torch.autocast("cpu", torch.bfloat16):
             generator(latents)
-    assert images.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
-    ("width", "spectral_norm", "images", "problem"),
+    ("width", "spectral_norm", "images", "dtype", "problem"),
     [
-        (32, False, 32, ""),
-        (24, False, 32, "channels by 32"),
-        (32, False, 24, "images by 16"),
-        (32, True, 32, "spectral norm"),
+        (32, False, 32, torch.bfloat16, ""),
+        (24, False, 32, torch.float32, "channels by 32"),
+        (32, False, 24, torch.bfloat16, "images by 16"),
+        (32, False, 23, torch.float32, ""),
+        (32, True, 32, torch.bfloat16, "spectral norm"),
     ],
 )
-def test_what_they_cannot_train_is_said(width, spectral_norm, images, problem):
+def test_what_they_cannot_train_is_said(width, spectral_norm, images, dtype, problem):
     pair = Generator(10, width, 3, 32, 32), Discriminator(width, 3, 32, 32, spectral_norm=spectral_norm)
-    assert problem in native_problem(*pair, images)
-    assert bool(problem) == bool(native_problem(*pair, images))
+    found = native_problem(*pair, images, dtype)
+    assert problem in found
+    assert bool(problem) == bool(found)
 
 
-def two_ranks(ranks):
-    native.load()
-    step = make_step(FastStep, native_networks(), "bf16")
+def two_ranks(ranks, precision):
+    native.load(dtype=dtype_of(precision))
+    step = make_step(FastStep, native_networks(precision), precision)
     for name in ("generator", "discriminator"):
         step.players.parallel[name] = wrap(getattr(step.players, name), ranks, DistributedConfig(bucket_cap_mb=0.01))
     for i in range(2):
@@ -113,18 +126,18 @@ def two_ranks(ranks):
     torch.distributed.all_gather(all_of_them, mine)
     assert torch.equal(all_of_them[0], all_of_them[1])
     # The first gradient of D is the mean of both ranks'; that of one rank alone lies elsewhere.
-    alone = make_step(FastStep, native_networks(), "bf16")
+    alone = make_step(FastStep, native_networks(precision), precision)
     alone(*(x[ranks.rank * N // 2 : (ranks.rank + 1) * N // 2] for x in data(0, N)), 0, N // 2)
     first = copy.deepcopy(alone.caught["d"])
     torch.distributed.all_reduce(first)
-    again = make_step(FastStep, native_networks(), "bf16")
+    again = make_step(FastStep, native_networks(precision), precision)
     again.players.parallel["discriminator"] = wrap(again.players.discriminator, ranks, DistributedConfig())
     again(*(x[ranks.rank * N // 2 : (ranks.rank + 1) * N // 2] for x in data(0, N)), 0, N)
     assert relative(again.caught["d"], first / 2) < 1e-6
 
 
-def test_two_ranks_average_their_gradients():
-    run_ranks(two_ranks, 2)
+def test_two_ranks_average_their_gradients(precision):
+    run_ranks(two_ranks, 2, precision)
 
 
 def settled(tmp_path, cfg: Config, **choices):
@@ -135,14 +148,14 @@ def settled(tmp_path, cfg: Config, **choices):
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, precision):
     (tmp_path / "photographs").mkdir()
     for i in range(8):
         (tmp_path / "photographs" / f"{i}.jpg").write_bytes(jpeg_bytes(Image.fromarray(portrait())))
     return Config(
         data=DataConfig(dataroot=str(tmp_path / "photographs"), cache_dir=str(tmp_path / "cache"), image_size=16),
         model=ModelConfig(ngf=32, ndf=32),
-        precision="bf16",
+        precision=precision,
     )
 
 

@@ -122,8 +122,8 @@ static int columns_at_once(int cin, int taps) {
     return blocks < 1 ? 1 : blocks;
 }
 
-/* (2 height, 2 width, n, cl) -> (height, width, n, cs). */
-EXPORT void dcgan_down(const bf16 *large, const bf16 *packed, bf16 *small, int height, int width, int n, int cs, int cl) {
+/* (2 height, 2 width, n, cl) -> (height, width, n, cs).  Always 0: it takes no memory. */
+EXPORT int dcgan_down(const bf16 *large, const bf16 *packed, bf16 *small, int height, int width, int n, int cs, int cl) {
     const int blocks = cs / 32, group = MIN(columns_at_once(cl, 16), blocks), groups = (blocks + group - 1) / group;
     const size_t panel = (size_t)16 * cl * 32;
 #pragma omp parallel
@@ -141,10 +141,11 @@ EXPORT void dcgan_down(const bf16 *large, const bf16 *packed, bf16 *small, int h
                 }
         _tile_release();
     }
+    return 0;
 }
 
-/* (height, width, n, cs) -> (2 height, 2 width, n, cl). */
-EXPORT void dcgan_up(const bf16 *small, const bf16 *packed, bf16 *large, int height, int width, int n, int cs, int cl) {
+/* (height, width, n, cs) -> (2 height, 2 width, n, cl).  Always 0. */
+EXPORT int dcgan_up(const bf16 *small, const bf16 *packed, bf16 *large, int height, int width, int n, int cs, int cl) {
     const int blocks = cl / 32, group = MIN(columns_at_once(cs, 4), blocks), groups = (blocks + group - 1) / group;
     const size_t panel = (size_t)16 * cs * 32;
 #pragma omp parallel
@@ -164,6 +165,7 @@ EXPORT void dcgan_up(const bf16 *small, const bf16 *packed, bf16 *large, int hei
                 }
         _tile_release();
     }
+    return 0;
 }
 
 /* Every pixel of (pixels, n, c) as pack_pairs has it. */

@@ -106,8 +106,8 @@ EXPORT int dcgan_image_down(const bf16 *images, const bf16 *packed, bf16 *out, f
     return failed;
 }
 
-/* (height, width, n, cs) -> images (n, 2 height, 2 width, c). */
-EXPORT void dcgan_image_up(const bf16 *small, const bf16 *packed, bf16 *images, int height, int width, int n, int cs,
+/* (height, width, n, cs) -> images (n, 2 height, 2 width, c).  Always 0: it takes no memory. */
+EXPORT int dcgan_image_up(const bf16 *small, const bf16 *packed, bf16 *images, int height, int width, int n, int cs,
                            int c) {
     const int kc = cs / 32;
     const size_t row = (size_t)cs * sizeof(bf16), image = (size_t)4 * height * width * c;
@@ -160,6 +160,7 @@ EXPORT void dcgan_image_up(const bf16 *small, const bf16 *packed, bf16 *images, 
             }
         _tile_release();
     }
+    return 0;
 }
 
 /* W (cs, 4, 4, c) float32 from small (height, width, n, cs) and images (n, 2 height, 2 width, c).
