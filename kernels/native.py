@@ -82,7 +82,7 @@ def processor(dtype: torch.dtype) -> str:
     Raises:
         NativeError: the processor has not the instructions, or ONEDNN_MAX_CPU_ISA forbids them.
     """
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
+    limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL").upper()
     if dtype == torch.bfloat16:
         if not torch.cpu._is_amx_tile_supported():
             raise NativeError("the processor has no AMX")
@@ -132,7 +132,7 @@ def _cpu_flags() -> set[str]:
 
 
 def _compiler() -> list[str]:
-    """CC, which may be several words, else gcc."""
+    """CC, which may be several words, else gcc.  Another compiler than gcc may lack what the float32 kernels use."""
     for words in (shlex.split(os.environ.get("CC", "")), ["gcc"], ["cc"]):
         if words and shutil.which(words[0]):
             return words

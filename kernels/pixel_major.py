@@ -258,8 +258,11 @@ class _BatchNormAct(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = native_layers.batchnorm_backward(*ctx.saved_tensors, dy.contiguous(), ctx.slope, ctx.num_groups)
-        return *gradients, None, None, None, None, None, None
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        dx, d_weight, d_bias = native_layers.batchnorm_backward(
+            x, weight, bias, mean, rstd, dy.contiguous(), ctx.slope, ctx.num_groups
+        )
+        return dx, d_weight, d_bias, None, None, None, None, None, None
 
 
 def batchnorm_act(

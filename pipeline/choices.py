@@ -74,6 +74,10 @@ class Choice:
         return f"{told}; {self.why}" if told else self.why
 
 
+NO_MEMORY = (torch.OutOfMemoryError, MemoryError)
+"""What a candidate says that finds too little memory: a GPU's, or the scratch space of a C kernel."""
+
+
 class ChoicesError(ValueError):
     """A file that holds no choices."""
 
@@ -337,7 +341,7 @@ def measure(
 
     once = {}
     for name, call in candidates.items():
-        with contextlib.suppress(torch.OutOfMemoryError):
+        with contextlib.suppress(*NO_MEMORY):
             timed(call, 1)
             once[name] = max(timed(call, 1), 1e-6)
     clear = max(LONG_S, CLEAR * min(once.values(), default=0.0))
@@ -350,7 +354,7 @@ def measure(
         for name in list(seconds):
             try:
                 seconds[name].append(timed(candidates[name], repeats[name]))
-            except torch.OutOfMemoryError:
+            except NO_MEMORY:
                 del seconds[name], once[name]
     return {name: 1e3 * statistics.median(seconds.get(name) or [s]) for name, s in once.items()}
 

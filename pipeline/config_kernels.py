@@ -9,8 +9,8 @@ from typing import Literal
 @dataclass(frozen=True, kw_only=True)
 class KernelsConfig:
     networks: Literal["auto", "torch", "native"] = "auto"
-    """What computes both networks: torch's operators, or an engine made for this processor where there is one; auto:
-    the fastest here, measured at the run's first start."""
+    """What computes both networks: torch's operators, or C kernels (in bf16 with AMX, in fp32 with AVX2 or
+    AVX-512); auto: the fastest here, measured at the run's first start."""
     batchnorm: Literal["auto", "torch", "triton"] = "auto"
     """What computes BatchNorm with its activation; auto: the fastest here, measured at the run's first start."""
     image_ends: Literal["auto", "torch", "triton"] = "auto"

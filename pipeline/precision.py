@@ -31,7 +31,7 @@ def cpu_has_fast_bf16() -> bool:
 
     With AVX512_BF16 alone a step takes 0.64 of float32's time (AMD EPYC of family 25, ngf 32, batch 32, 2026-11).
     """
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
+    limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL").upper()
     allowed = limit in ("ALL", "DEFAULT") or "AMX" in limit
     if torch.cpu._is_avx512_bf16_supported():
         return allowed or limit in _WITH_BF16

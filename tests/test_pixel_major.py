@@ -19,6 +19,8 @@ SHAPES = [
     (80, 5, 2, 32, 96),
     (32, 4, 4, 128, 64),
 ]
+IN_FLOAT32 = [(1, 2, 2, 32, 32), (7, 1, 3, 160, 64), (23, 2, 1, 64, 32), (200, 2, 3, 32, 64)]
+"""Numbers of images that bf16 does not take: single rows, and more than are computed at a time."""
 
 
 @pytest.fixture(params=["bf16", "float32", "float32 by AVX2"])
@@ -29,7 +31,14 @@ def dtype(request, monkeypatch):
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
         monkeypatch.setattr(native, "_libraries", {})
     load_native(dtype)
+    if "AVX2" in request.param:
+        assert native.processor(dtype) == "x86-64-v3"
     return dtype
+
+
+def skip_unless_taken(dtype: torch.dtype, images: int) -> None:
+    if images % pixel_major.IMAGES[dtype]:
+        pytest.skip("the kernels for bf16 take images by 16")
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -79,21 +88,26 @@ def _memory_full_of_nan():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize(("n", "height", "width", "cs", "cl"), SHAPES)
+@pytest.mark.parametrize(("n", "height", "width", "cs", "cl"), SHAPES + IN_FLOAT32)
 def test_a_convolution_and_its_gradients_are_the_definitions(dtype, n, height, width, cs, cl):
+    skip_unless_taken(dtype, n)
     inputs = [random(2 * height, 2 * width, n, cl), weights(cs, cl, 4, 4)]
     compare(dtype, pixel_major.conv, pixel_major.conv_reference, inputs)
 
 
-@pytest.mark.parametrize(("n", "height", "width", "cs", "cl"), SHAPES)
+@pytest.mark.parametrize(("n", "height", "width", "cs", "cl"), SHAPES + IN_FLOAT32)
 def test_a_transposed_convolution_and_its_gradients_are_the_definitions(dtype, n, height, width, cs, cl):
+    skip_unless_taken(dtype, n)
     inputs = [random(height, width, n, cs), weights(cs, cl, 4, 4)]
     compare(dtype, pixel_major.conv_transpose, pixel_major.conv_transpose_reference, inputs)
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
-@pytest.mark.parametrize(("n", "height", "width", "cs"), [(16, 1, 2, 32), (48, 3, 5, 64), (80, 4, 4, 32)])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("n", "height", "width", "cs"), [(16, 1, 2, 32), (48, 3, 5, 64), (80, 4, 4, 32), (1, 2, 1, 32), (23, 3, 2, 64)]
+)
 def test_the_ends_and_their_gradients_are_the_definitions(dtype, n, height, width, cs, channels):
+    skip_unless_taken(dtype, n)
     weight = weights(cs, channels, 4, 4)
     images = random(n, channels, 2 * height, 2 * width).contiguous(memory_format=torch.channels_last)
 
@@ -173,18 +187,50 @@ def test_a_large_mean_does_not_eat_a_small_variance(dtype):
 def test_a_nan_in_one_image_shows_in_the_output(dtype):
     x = random(4, 4, 16, 32).to(dtype)
     x[2, 1, 3, 5] = torch.nan
-    assert pixel_major.conv(x, weights(32, 32, 4, 4)).isnan().any()
+    found = pixel_major.conv(x, weights(32, 32, 4, 4)).isnan()
+    reached = torch.zeros(2, 2, 16, dtype=torch.bool)
+    reached[:, :, 3] = torch.tensor([[True, True], [True, True]])  # row 2 lies under both, and so does column 1
+    assert torch.equal(found.all(dim=3), reached)
+    assert torch.equal(found.any(dim=3), reached)
     normed = pixel_major.batchnorm_act(x, torch.ones(32), torch.zeros(32), None, None, 0.1, 1e-5, 0.2)
     assert normed[..., 5].isnan().all()
     assert not normed[..., 4].isnan().any()
 
 
+@pytest.mark.parametrize(
+    ("dtype_", "flags", "limit", "expected"),
+    [
+        (torch.float32, native._FOR_AVX2 | native._FOR_AVX512, "", "x86-64-v4"),
+        (torch.float32, native._FOR_AVX2 | native._FOR_AVX512, "AVX512_CORE", "x86-64-v4"),
+        (torch.float32, native._FOR_AVX2 | native._FOR_AVX512, "avx2", "x86-64-v3"),
+        (torch.float32, native._FOR_AVX2, "", "x86-64-v3"),
+        (torch.float32, native._FOR_AVX2, "SSE41", "ONEDNN_MAX_CPU_ISA=SSE41 forbids AVX2"),
+        (torch.float32, {"sse2", "avx2"}, "", "the processor lacks bmi1, bmi2, f16c, fma, movbe"),
+        (torch.bfloat16, native._FOR_AMX, "", "sapphirerapids"),
+        (torch.bfloat16, native._FOR_AMX, "AVX512_CORE_AMX", "sapphirerapids"),
+        (torch.bfloat16, native._FOR_AMX, "AVX512_CORE", "ONEDNN_MAX_CPU_ISA=AVX512_CORE forbids AMX"),
+        (torch.bfloat16, native._FOR_AVX2, "", "the processor has no AMX"),
+    ],
+)
+def test_what_they_are_compiled_for_is_what_the_processor_has_and_no_limit_forbids(
+    monkeypatch, dtype_, flags, limit, expected
+):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.setattr(native, "_cpu_flags", lambda: set(flags))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: "amx_tile" in flags)
+    try:
+        found = native.processor(dtype_)
+    except native.NativeError as error:
+        found = str(error)
+    assert found == expected
+
+
 def test_the_number_of_threads_changes_no_bit(dtype):
     """Each element is summed by one thread, in one order."""
-    large, small = random(8, 8, 48, 64).to(dtype), random(4, 4, 48, 96).to(dtype)
-    weight, image_weight = weights(96, 64, 4, 4), weights(96, 3, 4, 4)
+    large, small = random(8, 8, 48, 64).to(dtype), random(4, 4, 48, 192).to(dtype)
+    weight, image_weight = weights(192, 64, 4, 4), weights(192, 3, 4, 4)
     images = random(48, 3, 8, 8).contiguous(memory_format=torch.channels_last).to(dtype)
-    one, zero = torch.ones(96), torch.zeros(96)
+    one, zero = torch.ones(192), torch.zeros(192)
 
     def everything() -> list[Tensor]:
         leaves = [t.clone().requires_grad_() for t in (large, weight, small, image_weight, images, one, zero)]
@@ -200,7 +246,7 @@ def test_the_number_of_threads_changes_no_bit(dtype):
     try:
         torch.set_num_threads(1)
         expected = everything()
-        for threads in (2, 3):
+        for threads in (2, 3, 8):
             torch.set_num_threads(threads)
             for ours, theirs in zip(everything(), expected, strict=True):
                 assert torch.equal(ours, theirs)

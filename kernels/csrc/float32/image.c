@@ -1,8 +1,8 @@
 /* The ends of both networks, where one side of a 4x4, stride 2, padding 1 convolution is a picture of 1 to 4 channels.
  *
  * The picture is (N, 2H, 2W, C), as networks' callers hold it; the other side (H, W, N, C_s).  The 4 x 4 x C numbers under
- * a pixel are laid side by side as K = 64: four rows of 4 C, each filled up with zeros to 16.  They never leave the
- * second-level cache.
+ * a pixel are laid side by side as K = 64: four rows of 4 C, each filled up with zeros to 16, and used at once:
+ * with a few hundred images they do not leave the second-level cache.
  *     down  from the picture: D's first layer, with its LeakyReLU, and the input gradient of G's last
  *     up    to the picture: G's last layer, and the input gradient of D's first
  *     grad  the weight's gradient of either

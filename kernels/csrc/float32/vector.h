@@ -33,7 +33,6 @@ typedef float anywhere __attribute__((vector_size(4 * LANES), aligned(4)));
 
 static inline vec load(const float *p) { return *(const anywhere *)p; }
 static inline void store(float *p, vec x) { *(anywhere *)p = x; }
-static inline vec all(float x) { return x - (vec){0}; }
 static inline vec choose(mask where, vec a, vec b) { return (vec)((where & (mask)a) | (~where & (mask)b)); }
 
 /* Leaky ReLU; a NaN stays one, and with slope 0 minus infinity becomes one. */

@@ -22,8 +22,16 @@
 #define POINTS 3 /* products along one side */
 #define PAD 16   /* floats between rows of scratch, which else lie a multiple of 4096 bytes apart */
 
-/* Images at a time: their scratch, and the part of the weight beside it, stay in the second-level cache. */
-#define IMAGES_AT_ONCE 128
+#define IMAGES_AT_ONCE 128 /* their scratch, and the part of the weight beside it, are to stay in the second-level cache */
+#define FEWEST_IMAGES 16   /* below which a product has too few rows for its weight */
+
+/* Images at a time, of n: fewer where there would else be less than two pieces of work for each thread. */
+static int images_at_once(int n, int tiles) {
+    int images = MIN(n, IMAGES_AT_ONCE);
+    while (images > FEWEST_IMAGES && tiles * ((n + images - 1) / images) < 2 * omp_get_max_threads())
+        images = (images + 1) / 2;
+    return images;
+}
 
 /* A pixel's matrix (images, C); beyond the picture, one line of zeros again and again. */
 struct pixel {
@@ -173,7 +181,7 @@ static void put_outputs(const float *products, size_t product, float *const out[
 /* (2 height, 2 width, n, cl) -> (height, width, n, cs).  Not 0: there was no memory. */
 EXPORT int dcgan32_down(const float *large, const float *packed, float *small, int height, int width, int n, int cs,
                         int cl) {
-    const int at_once = MIN(n, IMAGES_AT_ONCE), k = 4 * cl, panels = cs / COLUMNS;
+    const int at_once = images_at_once(n, (height + 1) / 2 * ((width + 1) / 2)), k = 4 * cl, panels = cs / COLUMNS;
     const size_t row = k + PAD, product_size = (size_t)at_once * cs + PAD;
     int failed = 0;
 #pragma omp parallel reduction(| : failed)
@@ -214,7 +222,7 @@ EXPORT int dcgan32_down(const float *large, const float *packed, float *small, i
 
 /* (height, width, n, cs) -> (2 height, 2 width, n, cl).  Not 0: there was no memory. */
 EXPORT int dcgan32_up(const float *small, const float *packed, float *large, int height, int width, int n, int cs, int cl) {
-    const int at_once = MIN(n, IMAGES_AT_ONCE), panels = cl / COLUMNS;
+    const int at_once = images_at_once(n, (height + 1) / 2 * ((width + 1) / 2) * 2), panels = cl / COLUMNS;
     const size_t row = cs + PAD, product_size = (size_t)at_once * cl + PAD;
     int failed = 0;
 #pragma omp parallel reduction(| : failed)
@@ -267,11 +275,10 @@ EXPORT int dcgan32_up(const float *small, const float *packed, float *large, int
 /* Channels of the small picture at a time: as many as leave the sums of nine products in the second-level cache, and few
  * enough that every thread has a share. */
 static int channels_at_once(int cs, int cl) {
-    int channels = cs;
-    while (channels % (2 * COLUMNS) == 0 && (9 * channels * cl * (int)sizeof(float) > 1280 << 10 ||
-                                             4 * (cs / channels) < 2 * omp_get_max_threads()))
-        channels /= 2;
-    return channels;
+    const int panels = cs / COLUMNS, most = MAX(1, (1280 << 10) / (9 * cl * COLUMNS * (int)sizeof(float)));
+    int parts = (panels + most - 1) / most;
+    while (parts < panels && 4 * parts < 2 * omp_get_max_threads()) parts++;
+    return (panels + parts - 1) / parts * COLUMNS;
 }
 
 /* W (cs, 16, cl) from small and large.  `sums`: 36 * cs * cl of scratch.  Not 0: there was no memory.
@@ -280,12 +287,12 @@ static int channels_at_once(int cs, int cl) {
  * picture's d and the small one's g, by the same three products. */
 EXPORT int dcgan32_grad(const float *small, const float *large, float *grad, float *sums, int height, int width, int n,
                         int cs, int cl) {
-    const int at_once = MIN(n, IMAGES_AT_ONCE), channels = channels_at_once(cs, cl), parts = cs / channels;
+    const int at_once = MIN(n, IMAGES_AT_ONCE), most = channels_at_once(cs, cl), parts = (cs + most - 1) / most;
     static const struct lines OF_SMALL[POINTS] = {{0, NONE}, {0, 1}, {1, NONE}};
     int failed = 0;
 #pragma omp parallel reduction(| : failed)
     {
-        const size_t row = channels + PAD, product = (size_t)cs * cl;
+        const size_t row = most + PAD, product = (size_t)cs * cl;
         float *of_small = scratch(at_once * row), *of_large = scratch((size_t)at_once * cl), *zeros = scratch(MAX(cs, cl));
         failed |= !of_small || !of_large || !zeros;
         if (zeros) memset(zeros, 0, MAX(cs, cl) * sizeof(float));
@@ -294,8 +301,9 @@ EXPORT int dcgan32_grad(const float *small, const float *large, float *grad, flo
         for (int parity = 0; parity < 4; parity++)
             for (int part = 0; part < parts; part++) {
                 if (!of_small || !of_large || !zeros) continue;
-                const struct picture to = {small + part * channels, zeros, height, width, n, cs};
-                float *sum = sums + parity * 9 * product + (size_t)part * channels * cl;
+                const int channels = MIN(most, cs - part * most);
+                const struct picture to = {small + part * most, zeros, height, width, n, cs};
+                float *sum = sums + parity * 9 * product + (size_t)part * most * cl;
                 for (int point = 0; point < 9; point++)
                     memset(sum + point * product, 0, (size_t)channels * cl * sizeof(float));
                 for (int first = 0; first < n; first += at_once)
