@@ -20,7 +20,7 @@ from kernels.native import library, pointer
 _PARTS = {torch.bfloat16: 16, torch.float32: 36}
 """What a packed weight of 4 x 4 taps holds for each pair of channels: the taps, or winograd.c's sums of them."""
 _COLUMNS = 64
-"""Numbers of an image under a pixel, with zeros between its rows: K in image.c."""
+"""Numbers of an image under a pixel, and what fills them up: at most so many."""
 
 
 def _function(dtype: torch.dtype, name: str) -> Any:

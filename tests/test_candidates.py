@@ -74,6 +74,22 @@ def test_on_a_cpu_a_mode_that_was_measured_to_be_faster_is_taken_with_its_figure
         assert plan.reasons[-1].startswith("mode compile: eager 30 ms, compile 20 ms; measured 20")
 
 
+def test_networks_whose_measured_step_is_faster_are_taken_with_their_figures(tmp_path, monkeypatch):
+    now = [0.0]
+
+    def steps_of(_cfg, _plan, _ranks, networks):
+        def one_step() -> None:
+            now[0] += {"torch": 0.03, "native": 0.02}[networks]
+
+        return one_step
+
+    monkeypatch.setattr(module, "_native_problem", lambda *_: "")
+    monkeypatch.setattr(module, "_steps_of", steps_of)
+    made = choices(tmp_path, clock=lambda: now[0])
+    assert settle(CFG, PLAN, ONE, made).networks == "native"
+    assert any(line.startswith("networks") and "torch 30 ms, native 20 ms" in line for line in made.lines())
+
+
 def test_a_mode_that_was_asked_for_is_neither_measured_nor_explained(tmp_path):
     cfg = Config(data=CFG.data, model=CFG.model, train=TrainConfig(batch_size=4, mode="reference"))
     plan = settle(cfg, Plan("pillow", "none", "fp32", "reference", (), 10, 40), ONE, choices(tmp_path))

@@ -60,13 +60,15 @@ static inline void transpose(vec r[LANES]) {
 /* Floats for one thread, on a cache line of their own; NULL where there is no memory. */
 static inline float *scratch(size_t count) { return aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64); }
 
-/* c (rows, COLUMNS) = or += a (rows, k) b (k, COLUMNS); a's element (i, j) lies at i * row + j * step. */
-__attribute__((always_inline)) static inline void block(const float *a, size_t row, size_t step, const float *b, float *c,
-                                                        size_t c_row, int k, int add, const int rows) {
+/* c (rows, COLUMNS) = or += a (rows, k) b (k, COLUMNS); a's element (i, j) lies at i * row + j * step, b's row j at
+ * j * b_row. */
+__attribute__((always_inline)) static inline void block(const float *a, size_t row, size_t step, const float *b,
+                                                        size_t b_row, float *c, size_t c_row, int k, int add,
+                                                        const int rows) {
     vec sums[ROWS][2];
     for (int i = 0; i < rows; i++)
         for (int half = 0; half < 2; half++) sums[i][half] = add ? load(c + i * c_row + half * LANES) : (vec){0};
-    for (int j = 0; j < k; j++, a += step, b += COLUMNS) {
+    for (int j = 0; j < k; j++, a += step, b += b_row) {
         const vec b0 = load(b), b1 = load(b + LANES);
         for (int i = 0; i < rows; i++) {
             sums[i][0] += a[i * row] * b0;
@@ -78,15 +80,15 @@ __attribute__((always_inline)) static inline void block(const float *a, size_t r
 }
 
 /* The same for so many rows: in blocks of ROWS, the last two of about one size. */
-__attribute__((always_inline)) static inline void blocks(const float *a, size_t row, size_t step, const float *b, float *c,
-                                                         size_t c_row, int rows, int k, int add) {
+__attribute__((always_inline)) static inline void blocks(const float *a, size_t row, size_t step, const float *b,
+                                                         size_t b_row, float *c, size_t c_row, int rows, int k, int add) {
     for (int i = 0, take; i < rows; i += take) {
         const int left = rows - i;
         take = left >= 2 * ROWS ? ROWS : left > ROWS ? (left + 1) / 2 : left;
         const float *from = a + i * row;
         float *to = c + i * c_row;
 #define OF(n) \
-    case n: block(from, row, step, b, to, c_row, k, add, n); break;
+    case n: block(from, row, step, b, b_row, to, c_row, k, add, n); break;
         switch (take) {
             OF(1) OF(2) OF(3) OF(4) OF(5) OF(6)
 #if ROWS > 6
@@ -97,16 +99,16 @@ __attribute__((always_inline)) static inline void blocks(const float *a, size_t 
     }
 }
 
-/* c = a b for a (rows, k), row by row in memory. */
-__attribute__((noinline, unused)) static void product(const float *a, size_t row, const float *b, float *c, size_t c_row, int rows,
-                                              int k) {
-    blocks(a, row, 1, b, c, c_row, rows, k, 0);
+/* c = a b for a (rows, k), row by row in memory, and b's rows one behind the other. */
+__attribute__((noinline, unused)) static void product(const float *a, size_t row, const float *b, float *c, size_t c_row,
+                                                      int rows, int k) {
+    blocks(a, row, 1, b, COLUMNS, c, c_row, rows, k, 0);
 }
 
-/* c += a^T b for a (k, rows), row by row in memory. */
-__attribute__((noinline, unused)) static void add_transposed(const float *a, size_t step, const float *b, float *c,
-                                                             size_t c_row, int rows, int k) {
-    blocks(a, 1, step, b, c, c_row, rows, k, 1);
+/* c += a^T b for a (k, rows) and b, both row by row in memory. */
+__attribute__((noinline, unused)) static void add_transposed(const float *a, size_t a_row, const float *b, size_t b_row,
+                                                             float *c, size_t c_row, int rows, int k) {
+    blocks(a, 1, a_row, b, b_row, c, c_row, rows, k, 1);
 }
 
 #endif

@@ -318,8 +318,8 @@ EXPORT int dcgan32_grad(const float *small, const float *large, float *grad, flo
                                         (struct lines){w + xs.first, xs.second == NONE ? NONE : w + xs.second}, 1, first,
                                         images, channels, (struct place){of_small, row, COLUMNS});
                                 for (int c = 0; c < cl; c += COLUMNS)
-                                    add_transposed(of_small, row, of_large + (size_t)c * images, sum + point * product + c,
-                                                   cl, channels, images);
+                                    add_transposed(of_small, row, of_large + (size_t)c * images, COLUMNS,
+                                                   sum + point * product + c, cl, channels, images);
                             }
             }
         free(of_small);
