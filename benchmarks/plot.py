@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 FOLDER = ROOT / "docs"
 TRAINED = {
     "tutorial": "plain tutorial loop",
-    "tutorial-compiled": "the same, compiled",
+    "tutorial-compiled": "plain loop, compiled",
     "loader-2": "our step, DataLoader of 2",
     "loader-all": "our step, DataLoader of all cores",
     "peer": "another program",
@@ -83,7 +83,13 @@ def newest_run(path: Path, needed: Sequence[str], *, fullest: bool = False) -> R
 def runs_on(row: dict[str, Any]) -> str:
     """The machine, for the foot of a picture."""
     gpus = row["hardware"].get("gpus") or []
-    return gpus[0] if row.get("device") == "cuda" and gpus else f"{row['hardware']['cpu']}, {row['threads']} threads"
+    if row.get("device") == "cuda" and gpus:
+        return str(gpus[0])
+    return f"{row['hardware']['cpu']}, {_threads(row)}"
+
+
+def _threads(row: dict[str, Any]) -> str:
+    return f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
 
 
 def save(figure: Figure, out: Path, foot: str) -> None:
@@ -239,7 +245,8 @@ def draw_ranks(axes: Axes, rows: Rows) -> None:
     axes.set_xticks(sorted({row["ranks"] for row in rows}))
     axes.set_ylim(0, 110)
     axes.axhline(100, color="#999", linewidth=0.8, linestyle=":")
-    axes.set_title(f"Ranks on one machine, {one['threads']} thread{'s' * (one['threads'] > 1)} each")
+    machine = "one machine" if one.get("device") == "cuda" else f"{one['hardware']['cores']} cores"
+    axes.set_title(f"Ranks on {machine}, {_threads(one)} each")
     axes.set_xlabel("ranks")
     axes.set_ylabel("% of that many times one rank")
     axes.legend(frameon=False, loc="lower left")
