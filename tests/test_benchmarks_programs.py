@@ -170,7 +170,8 @@ def test_the_best_settings_are_printed_and_recorded(tmp_path, monkeypatch, capsy
 
 # The pictures
 
-MACHINE = {"commit": "a", "dirty": False, "hardware": {"cpu": "a CPU", "cores": 2, "gpus": []}, "threads": 2, "device": "cpu"}
+HARDWARE = {"cpu": "a CPU", "cores": 2, "gpus": []}
+MACHINE = {"commit": "a", "dirty": False, "hardware": HARDWARE, "threads": 2, "device": "cpu"}
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
