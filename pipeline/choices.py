@@ -47,6 +47,8 @@ BUDGET_S = 3.0
 """After so long a measurement ends with the blocks it has, LEAST_BLOCKS at least."""
 LONG_S, CLEAR = 0.1, 1.5
 """A candidate that takes so long, and so many times the fastest one's time, need not be timed again."""
+VERY_LONG_S, CLEAR_THEN = 1.0, 1.2
+"""Of calls that take so long the noise is a smaller share, and timing them again keeps a run from its first step."""
 MARGIN = 0.02
 """The first candidate, the plain one, stays unless another takes so much less."""
 
@@ -344,7 +346,8 @@ def measure(
         with contextlib.suppress(*NO_MEMORY):
             timed(call, 1)
             once[name] = max(timed(call, 1), 1e-6)
-    clear = max(LONG_S, CLEAR * min(once.values(), default=0.0))
+    least = min(once.values(), default=0.0)
+    clear = max(LONG_S, (CLEAR if least < VERY_LONG_S else CLEAR_THEN) * least)
     repeats = {name: max(1, min(1000, math.ceil(BLOCK_S / s))) for name, s in once.items() if s < clear}
     seconds: dict[str, list[float]] = {name: [] for name in repeats}
     begun = clock()

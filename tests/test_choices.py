@@ -81,14 +81,22 @@ def test_a_disturbance_of_one_block_decides_nothing(opened):
     assert opened(watch).pick("batchnorm", "8x8", candidates | {"triton": disturbed}) == "triton"
 
 
-@pytest.mark.parametrize(("seconds", "calls"), [({"torch": 3.0, "native": 1.0}, 2), ({"torch": 1.3, "native": 1.0}, 5)])
+@pytest.mark.parametrize(
+    ("seconds", "calls"),
+    [
+        ({"torch": 1.25, "native": 1.0}, 2),
+        ({"torch": 1.15, "native": 1.0}, 5),
+        ({"torch": 0.75, "native": 0.25}, 2),
+        ({"torch": 0.3125, "native": 0.25}, 8),
+    ],
+)
 def test_what_takes_long_is_timed_once_where_that_is_clear(opened, seconds, calls):
     watch = Watch(**seconds)
     made = opened(watch)
     assert made.pick("networks", "8x8", watch.candidates()) == "native"
     assert watch.calls == dict.fromkeys(seconds, calls)
     torch_ms = 1e3 * seconds["torch"]
-    assert made.said[0].startswith(f"networks 8x8: native (torch {torch_ms:.3g} ms, native 1e+03 ms; measured ")
+    assert made.said[0].startswith(f"networks 8x8: native (torch {torch_ms:.3g} ms, native {1e3 * seconds['native']:.3g} ms; measured ")
 
 
 def test_a_candidate_for_which_the_memory_does_not_suffice_beside_the_plain_one_is_left_out(opened):
