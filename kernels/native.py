@@ -76,17 +76,27 @@ def load(folder: Path | None = None, dtype: torch.dtype = torch.bfloat16) -> Non
     _libraries[dtype] = found
 
 
+def isa_limit() -> str:
+    """The largest instruction set that oneDNN may use, by its own name for it; ALL: whatever there is."""
+    return (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL").upper()
+
+
+def amx_allowed() -> bool:
+    """Whether that limit leaves AMX."""
+    return isa_limit() in ("ALL", "DEFAULT") or "AMX" in isa_limit()
+
+
 def processor(dtype: torch.dtype) -> str:
     """What the library for this type is compiled for here, by gcc's name: x86-64-v4 is AVX-512, x86-64-v3 AVX2.
 
     Raises:
         NativeError: the processor has not the instructions, or ONEDNN_MAX_CPU_ISA forbids them.
     """
-    limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL").upper()
+    limit = isa_limit()
     if dtype == torch.bfloat16:
         if not torch.cpu._is_amx_tile_supported():
             raise NativeError("the processor has no AMX")
-        if limit not in ("ALL", "DEFAULT") and "AMX" not in limit:
+        if not amx_allowed():
             raise NativeError(f"ONEDNN_MAX_CPU_ISA={limit} forbids AMX")
         _need(_FOR_AMX)
         return "sapphirerapids"
@@ -142,7 +152,7 @@ def _compiler() -> list[str]:
 def _digest(sources: Path, flags: tuple[str, ...]) -> str:
     """Changes whenever the compiled library would."""
     content = hashlib.sha256(repr(flags).encode())
-    for path in sorted(sources.glob("*.[ch]")):
+    for path in sorted({*sources.glob("*.[ch]"), *SOURCES.glob("*.h")}):
         content.update(path.name.encode() + path.read_bytes())
     return content.hexdigest()[:16]
 

@@ -236,23 +236,10 @@ def image_conv_transpose(small: Tensor, weight: Tensor) -> Tensor:
 
 class _BatchNormAct(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float,
-        eps: float,
-        slope: float,
-        num_groups: int,
-    ) -> Tensor:
-        y, mean, rstd = native_layers.batchnorm_forward(
-            x, weight, bias, running_mean, running_var, momentum, eps, slope, num_groups
-        )
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, *settings: Any) -> Tensor:
+        y, mean, rstd = native_layers.batchnorm_forward(x, weight, bias, *settings)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.slope, ctx.num_groups = slope, num_groups
+        *_, ctx.slope, ctx.num_groups = settings
         return y
 
     @staticmethod

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from kernels import native
 from pipeline.config import ConfigError
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -31,10 +32,9 @@ def cpu_has_fast_bf16() -> bool:
 
     With AVX512_BF16 alone a step takes 0.64 of float32's time (AMD EPYC of family 25, ngf 32, batch 32, 2026-11).
     """
-    limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL").upper()
-    allowed = limit in ("ALL", "DEFAULT") or "AMX" in limit
+    allowed = native.amx_allowed()
     if torch.cpu._is_avx512_bf16_supported():
-        return allowed or limit in _WITH_BF16
+        return allowed or native.isa_limit() in _WITH_BF16
     return allowed and torch.cpu._is_amx_tile_supported()
 
 

@@ -6,11 +6,8 @@
  * Sums are taken pixel by pixel in float32, about a first value of their channel, so that no large mean eats a small
  * variance, and over the pixels in float64: in one order, whatever the number of threads.
  */
+#include "batchnorm_sums.h"
 #include "dcgan.h"
-
-#include <math.h>
-
-#define STRIP 64 /* channels whose sums stay in registers */
 
 static inline void sums_of_pixel(const bf16 *x, const bf16 *about, int rows, int channels, float *sum, float *square) {
     for (int c = 0; c < channels; c += 16) {
@@ -50,22 +47,12 @@ EXPORT void dcgan_batchnorm_forward(const bf16 *x, bf16 *y, const float *weight,
 #pragma omp for schedule(static)
         for (int c = 0; c < channels; c++)
             for (int g = 0; g < groups; g++) {
-                double sum = 0, square = 0;
-                for (int p = 0; p < pixels; p++) {
-                    const float *from = scratch + ((size_t)p * groups + g) * 2 * channels + c;
-                    sum += from[0];
-                    square += from[channels];
-                }
                 const uint32_t bits = (uint32_t)x[(size_t)g * rows * channels + c] << 16;
                 float about;
                 memcpy(&about, &bits, sizeof about);
-                const double off = sum / count, raw = square / count - off * off, variance = raw < 0 ? 0 : raw;
-                mean[g * channels + c] = (float)(about + off);
-                rstd[g * channels + c] = (float)(1 / sqrt(variance + eps));
-                if (running_mean) {
-                    running_mean[c] = (float)((1 - momentum) * running_mean[c] + momentum * (about + off));
-                    running_var[c] = (float)((1 - momentum) * running_var[c] + momentum * variance * count / (count - 1));
-                }
+                statistics(over_pixels(scratch, pixels, groups, g, channels, c), about, count, eps, momentum,
+                           mean + g * channels + c, rstd + g * channels + c, running_mean ? running_mean + c : NULL,
+                           running_mean ? running_var + c : NULL);
             }
 #pragma omp for collapse(2) schedule(static)
         for (int p = 0; p < pixels; p++)
@@ -110,23 +97,8 @@ EXPORT void dcgan_batchnorm_backward(const bf16 *x, const bf16 *dy, bf16 *dx, co
                     _mm512_storeu_ps(to + channels, q);
                 }
 #pragma omp for schedule(static)
-        for (int c = 0; c < channels; c++) {
-            double all = 0, all_hat = 0;
-            for (int g = 0; g < groups; g++) {
-                double sum = 0, hat = 0;
-                for (int p = 0; p < pixels; p++) {
-                    const float *from = scratch + ((size_t)p * groups + g) * 2 * channels + c;
-                    sum += from[0];
-                    hat += from[channels];
-                }
-                means[(g * 2) * channels + c] = (float)(sum / count);
-                means[(g * 2 + 1) * channels + c] = (float)(hat / count);
-                all += sum;
-                all_hat += hat;
-            }
-            dbias[c] = (float)all;
-            dweight[c] = (float)all_hat;
-        }
+        for (int c = 0; c < channels; c++)
+            gradients(scratch, count, dweight, dbias, means, pixels, groups, channels, c);
 #pragma omp for collapse(2) schedule(static)
         for (int p = 0; p < pixels; p++)
             for (int g = 0; g < groups; g++)

@@ -1,12 +1,36 @@
 /* BatchNorm in training and the (leaky) ReLU after it, over activations (P pixels, N, C), forward and backward.
  *
  * What ../batchnorm.c computes, in float32: as there, sums are taken pixel by pixel about a first value of their channel,
- * and over the pixels in float64, in one order, whatever the number of threads.  `groups` equal parts of N are batches of
+ * and over the pixels in float64 (batchnorm_sums.h), in one order, whatever the number of threads.  `groups` equal parts of N are batches of
  * their own.
  */
+#include "../batchnorm_sums.h"
 #include "vector.h"
 
-#include <math.h>
+/* The layer at LANES channels of one group, and what the backward pass makes of a number there. */
+struct lanes {
+    vec mean, rstd, weight, bias;
+};
+
+static inline struct lanes lanes_at(const float *mean, const float *rstd, const float *weight, const float *bias,
+                                    int group, int channels, int c) {
+    return (struct lanes){load(mean + group * channels + c), load(rstd + group * channels + c), load(weight + c),
+                          load(bias + c)};
+}
+
+struct passed {
+    vec hat, d;
+};
+
+static inline struct passed pass_back(struct lanes at, const float *x, const float *dy, float slope) {
+    const vec hat = (load(x) - at.mean) * at.rstd;
+    return (struct passed){hat, through(load(dy), hat * at.weight + at.bias, slope)};
+}
+
+static inline void store_two(float *to, const vec x[2]) {
+    store(to, x[0]);
+    store(to + LANES, x[1]);
+}
 
 /* Statistics and output.
  *     mean, rstd  (groups, C), written
@@ -34,38 +58,26 @@ EXPORT void dcgan32_batchnorm_forward(const float *x, float *y, const float *wei
                             squares[half] += off * off;
                         }
                     float *to = partial + ((size_t)p * groups + g) * 2 * channels + c;
-                    for (int half = 0; half < 2; half++) {
-                        store(to + half * LANES, sums[half]);
-                        store(to + channels + half * LANES, squares[half]);
-                    }
+                    store_two(to, sums);
+                    store_two(to + channels, squares);
                 }
 #pragma omp for schedule(static)
         for (int c = 0; c < channels; c++)
             for (int g = 0; g < groups; g++) {
-                double sum = 0, square = 0;
-                for (int p = 0; p < pixels; p++) {
-                    const float *from = partial + ((size_t)p * groups + g) * 2 * channels + c;
-                    sum += from[0];
-                    square += from[channels];
-                }
-                const double about = x[(size_t)g * rows * channels + c];
-                const double off = sum / count, raw = square / count - off * off, variance = raw < 0 ? 0 : raw;
-                mean[g * channels + c] = (float)(about + off);
-                rstd[g * channels + c] = (float)(1 / sqrt(variance + eps));
-                if (running_mean) {
-                    running_mean[c] = (float)((1 - momentum) * running_mean[c] + momentum * (about + off));
-                    running_var[c] = (float)((1 - momentum) * running_var[c] + momentum * variance * count / (count - 1));
-                }
+                const float about = x[(size_t)g * rows * channels + c];
+                statistics(over_pixels(partial, pixels, groups, g, channels, c), about, count, eps, momentum,
+                           mean + g * channels + c, rstd + g * channels + c, running_mean ? running_mean + c : NULL,
+                           running_mean ? running_var + c : NULL);
             }
 #pragma omp for collapse(2) schedule(static)
         for (int p = 0; p < pixels; p++)
             for (int g = 0; g < groups; g++)
                 for (int c = 0; c < channels; c += LANES) {
-                    const vec m = load(mean + g * channels + c), b = load(bias + c);
-                    const vec scale = load(weight + c) * load(rstd + g * channels + c);
+                    const struct lanes layer = lanes_at(mean, rstd, weight, bias, g, channels, c);
+                    const vec scale = layer.weight * layer.rstd;
                     const size_t at = ((size_t)p * n + g * rows) * channels + c;
                     for (int i = 0; i < rows; i++) {
-                        const vec z = (load(x + at + (size_t)i * channels) - m) * scale + b;
+                        const vec z = (load(x + at + (size_t)i * channels) - layer.mean) * scale + layer.bias;
                         store(y + at + (size_t)i * channels, activated(z, slope));
                     }
                 }
@@ -86,56 +98,35 @@ EXPORT void dcgan32_batchnorm_backward(const float *x, const float *dy, float *d
             for (int g = 0; g < groups; g++)
                 for (int c = 0; c < channels; c += COLUMNS) {
                     const size_t at = ((size_t)p * n + g * rows) * channels + c;
-                    vec r[2], m[2], w[2], b[2], sums[2] = {{0}}, products[2] = {{0}};
-                    for (int half = 0; half < 2; half++) {
-                        const int j = c + half * LANES;
-                        r[half] = load(rstd + g * channels + j), m[half] = load(mean + g * channels + j);
-                        w[half] = load(weight + j), b[half] = load(bias + j);
-                    }
+                    const struct lanes layer[2] = {lanes_at(mean, rstd, weight, bias, g, channels, c),
+                                                   lanes_at(mean, rstd, weight, bias, g, channels, c + LANES)};
+                    vec sums[2] = {{0}}, products[2] = {{0}};
                     for (int i = 0; i < rows; i++)
                         for (int half = 0; half < 2; half++) {
                             const size_t here = at + (size_t)i * channels + half * LANES;
-                            const vec hat = (load(x + here) - m[half]) * r[half];
-                            const vec d = through(load(dy + here), hat * w[half] + b[half], slope);
-                            sums[half] += d;
-                            products[half] += d * hat;
+                            const struct passed at_x = pass_back(layer[half], x + here, dy + here, slope);
+                            sums[half] += at_x.d;
+                            products[half] += at_x.d * at_x.hat;
                         }
                     float *to = partial + ((size_t)p * groups + g) * 2 * channels + c;
-                    for (int half = 0; half < 2; half++) {
-                        store(to + half * LANES, sums[half]);
-                        store(to + channels + half * LANES, products[half]);
-                    }
+                    store_two(to, sums);
+                    store_two(to + channels, products);
                 }
 #pragma omp for schedule(static)
-        for (int c = 0; c < channels; c++) {
-            double all = 0, all_hat = 0;
-            for (int g = 0; g < groups; g++) {
-                double sum = 0, hat = 0;
-                for (int p = 0; p < pixels; p++) {
-                    const float *from = partial + ((size_t)p * groups + g) * 2 * channels + c;
-                    sum += from[0];
-                    hat += from[channels];
-                }
-                means[(g * 2) * channels + c] = (float)(sum / count);
-                means[(g * 2 + 1) * channels + c] = (float)(hat / count);
-                all += sum;
-                all_hat += hat;
-            }
-            dbias[c] = (float)all;
-            dweight[c] = (float)all_hat;
-        }
+        for (int c = 0; c < channels; c++)
+            gradients(partial, count, dweight, dbias, means, pixels, groups, channels, c);
 #pragma omp for collapse(2) schedule(static)
         for (int p = 0; p < pixels; p++)
             for (int g = 0; g < groups; g++)
                 for (int c = 0; c < channels; c += LANES) {
-                    const vec r = load(rstd + g * channels + c), m = load(mean + g * channels + c);
-                    const vec w = load(weight + c), b = load(bias + c), scale = w * r;
+                    const struct lanes layer = lanes_at(mean, rstd, weight, bias, g, channels, c);
+                    const vec scale = layer.weight * layer.rstd;
                     const vec mean_d = load(means + (g * 2) * channels + c), mean_hat = load(means + (g * 2 + 1) * channels + c);
                     const size_t at = ((size_t)p * n + g * rows) * channels + c;
                     for (int i = 0; i < rows; i++) {
-                        const vec hat = (load(x + at + (size_t)i * channels) - m) * r;
-                        const vec d = through(load(dy + at + (size_t)i * channels), hat * w + b, slope);
-                        store(dx + at + (size_t)i * channels, scale * (d - mean_d - hat * mean_hat));
+                        const size_t here = at + (size_t)i * channels;
+                        const struct passed at_x = pass_back(layer, x + here, dy + here, slope);
+                        store(dx + here, scale * (at_x.d - mean_d - at_x.hat * mean_hat));
                     }
                 }
     }

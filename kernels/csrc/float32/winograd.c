@@ -161,8 +161,35 @@ EXPORT void dcgan32_pack_up(const float *w, float *packed, int cs, int cl) {
         }
 }
 
-/* Two by two outputs out of nine products (images, channels): m0 + m1 and m1 + m2 along both sides.  NULL: not wanted. */
-static void put_outputs(const float *products, size_t product, float *const out[2][2], int images, int channels) {
+/* One thread's scratch: a line of zeros, and two pieces whose sizes are whole cache lines.  NULL: there is no memory. */
+struct work {
+    float *zeros, *one, *two;
+};
+
+static struct work begin(size_t zeros, size_t one, size_t two) {
+    float *all = scratch(zeros + one + two);
+    if (!all) return (struct work){NULL, NULL, NULL};
+    memset(all, 0, zeros * sizeof(float));
+    return (struct work){all, all + zeros, all + zeros + one};
+}
+
+/* Where outputs go: of every small pixel one, or, of the large picture, that of one parity. */
+struct outputs {
+    float *x;
+    int height, width, step, odd_y, odd_x, n, channels;
+};
+
+/* Two by two outputs, from small pixel (h, w) on, out of nine products (images, channels): m0 + m1 and m1 + m2 along both
+ * sides.  Those beyond the picture are left out. */
+static void put_outputs(const float *products, size_t product, const struct outputs *to, int h, int w, int first,
+                        int images) {
+    const int channels = to->channels;
+    float *out[2][2];
+    for (int i = 0; i < 4; i++) {
+        const int y = h + i / 2, x = w + i % 2;
+        const size_t at = (size_t)(to->step * y + to->odd_y) * to->step * to->width + to->step * x + to->odd_x;
+        out[i / 2][i % 2] = y < to->height && x < to->width ? to->x + (at * to->n + first) * channels : NULL;
+    }
     for (int i = 0; i < images; i++)
         for (int c = 0; c < channels; c += LANES) {
             const float *m = products + (size_t)i * channels + c;
@@ -186,15 +213,16 @@ EXPORT int dcgan32_down(const float *large, const float *packed, float *small, i
     int failed = 0;
 #pragma omp parallel reduction(| : failed)
     {
-        float *sums = scratch(at_once * row), *products = scratch(9 * product_size), *zeros = scratch(cl);
-        failed |= !sums || !products || !zeros;
-        if (zeros) memset(zeros, 0, cl * sizeof(float));
-        const struct picture from = {large, zeros, 2 * height, 2 * width, n, cl};
+        const struct work work = begin(cl, at_once * row, 9 * product_size);
+        float *sums = work.one, *products = work.two;
+        failed |= !work.zeros;
+        const struct picture from = {large, work.zeros, 2 * height, 2 * width, n, cl};
+        const struct outputs to = {small, height, width, 1, 0, 0, n, cs};
 #pragma omp for collapse(3) schedule(static)
         for (int first = 0; first < n; first += at_once)
             for (int h = 0; h < height; h += 2)
                 for (int w = 0; w < width; w += 2) {
-                    if (!sums || !products || !zeros) continue;
+                    if (!work.zeros) continue;
                     const int images = MIN(at_once, n - first);
                     for (int point = 0; point < 9; point++) {
                         for (int parity = 0; parity < 4; parity++)
@@ -205,17 +233,9 @@ EXPORT int dcgan32_down(const float *large, const float *packed, float *small, i
                             product(sums, row, packed + ((size_t)point * panels + panel) * k * COLUMNS,
                                     products + point * product_size + panel * COLUMNS, cs, images, k);
                     }
-                    float *out[2][2];
-                    for (int i = 0; i < 4; i++) {
-                        const int y = h + i / 2, x = w + i % 2;
-                        out[i / 2][i % 2] =
-                            y < height && x < width ? small + (((size_t)y * width + x) * n + first) * cs : NULL;
-                    }
-                    put_outputs(products, product_size, out, images, cs);
+                    put_outputs(products, product_size, &to, h, w, first, images);
                 }
-        free(sums);
-        free(products);
-        free(zeros);
+        free(work.zeros);
     }
     return failed;
 }
@@ -227,16 +247,16 @@ EXPORT int dcgan32_up(const float *small, const float *packed, float *large, int
     int failed = 0;
 #pragma omp parallel reduction(| : failed)
     {
-        float *sums = scratch(at_once * row), *products = scratch(18 * product_size), *zeros = scratch(cs);
-        failed |= !sums || !products || !zeros;
-        if (zeros) memset(zeros, 0, cs * sizeof(float));
-        const struct picture from = {small, zeros, height, width, n, cs};
+        const struct work work = begin(cs, at_once * row, 18 * product_size);
+        float *sums = work.one, *products = work.two;
+        failed |= !work.zeros;
+        const struct picture from = {small, work.zeros, height, width, n, cs};
 #pragma omp for collapse(4) schedule(static)
         for (int first = 0; first < n; first += at_once)
             for (int h = 0; h < height; h += 2)
                 for (int w = 0; w < width; w += 2)
                     for (int odd_y = 0; odd_y < 2; odd_y++) {
-                        if (!sums || !products || !zeros) continue;
+                        if (!work.zeros) continue;
                         const int images = MIN(at_once, n - first);
                         /* Along x: outputs of both parities, whose five different sums are each made once. */
                         for (int y = 0; y < POINTS; y++)
@@ -256,18 +276,11 @@ EXPORT int dcgan32_up(const float *small, const float *packed, float *large, int
                                     }
                             }
                         for (int odd_x = 0; odd_x < 2; odd_x++) {
-                            float *out[2][2];
-                            for (int i = 0; i < 4; i++) {
-                                const int y = h + i / 2, x = w + i % 2;
-                                const size_t at = (size_t)(2 * y + odd_y) * 2 * width + 2 * x + odd_x;
-                                out[i / 2][i % 2] = y < height && x < width ? large + (at * n + first) * cl : NULL;
-                            }
-                            put_outputs(products + odd_x * 9 * product_size, product_size, out, images, cl);
+                            const struct outputs to = {large, height, width, 2, odd_y, odd_x, n, cl};
+                            put_outputs(products + odd_x * 9 * product_size, product_size, &to, h, w, first, images);
                         }
                     }
-        free(sums);
-        free(products);
-        free(zeros);
+        free(work.zeros);
     }
     return failed;
 }
@@ -293,16 +306,16 @@ EXPORT int dcgan32_grad(const float *small, const float *large, float *grad, flo
 #pragma omp parallel reduction(| : failed)
     {
         const size_t row = most + PAD, product = (size_t)cs * cl;
-        float *of_small = scratch(at_once * row), *of_large = scratch((size_t)at_once * cl), *zeros = scratch(MAX(cs, cl));
-        failed |= !of_small || !of_large || !zeros;
-        if (zeros) memset(zeros, 0, MAX(cs, cl) * sizeof(float));
-        const struct picture from = {large, zeros, 2 * height, 2 * width, n, cl};
+        const struct work work = begin(MAX(cs, cl), at_once * row, (size_t)at_once * cl);
+        float *of_small = work.one, *of_large = work.two;
+        failed |= !work.zeros;
+        const struct picture from = {large, work.zeros, 2 * height, 2 * width, n, cl};
 #pragma omp for collapse(2) schedule(static)
         for (int parity = 0; parity < 4; parity++)
             for (int part = 0; part < parts; part++) {
-                if (!of_small || !of_large || !zeros) continue;
+                if (!work.zeros) continue;
                 const int channels = MIN(most, cs - part * most);
-                const struct picture to = {small + part * most, zeros, height, width, n, cs};
+                const struct picture to = {small + part * most, work.zeros, height, width, n, cs};
                 float *sum = sums + parity * 9 * product + (size_t)part * most * cl;
                 for (int point = 0; point < 9; point++)
                     memset(sum + point * product, 0, (size_t)channels * cl * sizeof(float));
@@ -322,9 +335,7 @@ EXPORT int dcgan32_grad(const float *small, const float *large, float *grad, flo
                                                    sum + point * product + c, cl, channels, images);
                             }
             }
-        free(of_small);
-        free(of_large);
-        free(zeros);
+        free(work.zeros);
 #pragma omp for collapse(2) schedule(static)
         for (int s = 0; s < cs; s++)
             for (int tap = 0; tap < 16; tap++) {
